@@ -1,0 +1,51 @@
+"""Networks, the methods that change them, and what they cost. Needs torch and torchvision only.
+
+Names are resolved on first use, so that `import models` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.calls import ModelError
+    from models.create import apply_method, create_model, list_backbones, list_methods
+    from models.profiler import LayerProfile, Profile, profile
+    from models.surgery import fold, quantized_layers
+
+__all__ = [
+    "LayerProfile",
+    "ModelError",
+    "Profile",
+    "apply_method",
+    "create_model",
+    "fold",
+    "list_backbones",
+    "list_methods",
+    "profile",
+    "quantized_layers",
+]
+
+_HOME = {
+    "LayerProfile": "models.profiler",
+    "ModelError": "models.calls",
+    "Profile": "models.profiler",
+    "apply_method": "models.create",
+    "create_model": "models.create",
+    "fold": "models.surgery",
+    "list_backbones": "models.create",
+    "list_methods": "models.create",
+    "profile": "models.profiler",
+    "quantized_layers": "models.surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
