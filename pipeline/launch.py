@@ -1,0 +1,242 @@
+"""Run the training loop: in this process, or as a Ray Train worker group with restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep import DataError
+from models.calls import ModelError
+from pipeline.checkpoint import CheckpointStore
+from pipeline.config import Experiment, PipelineError
+from pipeline.context import Event, RayTrainContext, TrainContext
+from pipeline.loop import train
+
+if TYPE_CHECKING:
+    from data_prep import Manifest
+
+
+class TrainingError(PipelineError):
+    """The training itself failed."""
+
+    exit_code = 1
+
+
+#: Errors that a restart would only repeat: the run ends with their line.
+_FINAL_ERRORS = (FloatingPointError, DataError, ModelError, PipelineError)
+
+#: Seconds between two looks at the workers. Ray's own default of 2 s is paid by every epoch,
+#: because a report waits for the next look.
+_POLL_INTERVAL = "0.2"
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _POLL_INTERVAL,
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def device_description(workers: int) -> str:
+    """Where ``workers`` processes run, for a line of output."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{workers} x {torch.cuda.get_device_name()}, nccl"
+    return f"{workers} CPU worker{'s' if workers > 1 else ''}, gloo"
+
+
+def worker_count(experiment: Experiment) -> int:
+    """Workers of the run: as set, or one per GPU of this machine, or two without a GPU."""
+    import torch
+
+    if experiment.scaling.launcher == "local":
+        return 1
+    return experiment.scaling.workers or torch.cuda.device_count() or 2
+
+
+def check_scaling(experiment: Experiment) -> None:
+    """Refuse a global batch that the workers cannot share evenly."""
+    workers = worker_count(experiment)
+    if experiment.train.batch_size % workers:
+        raise PipelineError(
+            f"train.batch_size={experiment.train.batch_size} cannot be shared by "
+            f"{workers} workers; take a multiple of {workers}"
+        )
+
+
+def train_locally(
+    experiment: Experiment, manifest: Manifest, folder: Path, tell: Callable[[Event], None]
+) -> None:
+    """Train in this process, on one device, without Ray."""
+    try:
+        train(experiment, manifest, _store(experiment, manifest, folder), TrainContext(tell))
+    except FloatingPointError as error:
+        raise TrainingError(str(error)) from None
+
+
+def _store(experiment: Experiment, manifest: Manifest, folder: Path) -> CheckpointStore:
+    return CheckpointStore(
+        folder / "checkpoints",
+        experiment.identity(manifest.fingerprint),
+        experiment.tracking.keep_checkpoints,
+    )
+
+
+class EventBoard:
+    """Ray actor that carries the workers' events to the driver, in order."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def post(self, event: Event) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    context = RayTrainContext(config["board"])
+    experiment, manifest = config["experiment"], config["manifest"]
+    try:
+        train(experiment, manifest, _store(experiment, manifest, config["folder"]), context)
+    except _FINAL_ERRORS as error:
+        config["board"].post.remote({"kind": "failed", "text": str(error)})
+        raise
+
+
+def train_on_ray(
+    experiment: Experiment, manifest: Manifest, folder: Path, tell: Callable[[Event], None]
+) -> None:
+    """Train as a Ray Train worker group; a lost worker restarts it from the last checkpoint.
+
+    The driver's main thread stays free for the display and for signals: ``fit`` runs in a
+    thread beside it, because in the main thread Ray takes the interrupt signal for itself.
+
+    Raises:
+        TrainingError: when training failed for good; the full trace is in ``folder/error.txt``.
+    """
+    workers = worker_count(experiment)
+    with _ray_session(workers) as ray:
+        board = ray.remote(num_cpus=0)(EventBoard).remote()
+        trainer = _trainer(experiment, manifest, folder, board, workers)
+        outcome: list[BaseException | None] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                outcome.append(None)
+            except BaseException as error:  # handed to the main thread below
+                outcome.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
+        thread.start()
+        while True:
+            thread.join(timeout=0.1)
+            alive = thread.is_alive()
+            for event in ray.get(board.take.remote()):
+                if event["kind"] == "failed":
+                    raise TrainingError(event["text"])
+                tell(event)
+            if not alive:
+                break
+    if outcome[0] is not None:
+        raise _explain(outcome[0], folder)
+
+
+def _trainer(
+    experiment: Experiment, manifest: Manifest, folder: Path, board: Any, workers: int
+) -> Any:
+    import torch
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class TellFailures(UserCallback):
+        """Tell the driver why a worker group ended, before Ray starts the next one."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
+            causes = sorted({_cause(error) for error in worker_exceptions.values()}, key=len)
+            board.post.remote({"kind": "restart", "text": causes[-1]})
+
+    # RunConfig's annotation knows only the callbacks of Ray Tune.
+    callbacks: list[Any] = [TellFailures()]
+    gpu = torch.cuda.is_available()
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "experiment": experiment,
+            "manifest": manifest,
+            "folder": folder,
+            "board": board,
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if gpu else "gloo", timeout_s=int(experiment.scaling.timeout)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=experiment.scaling.max_failures),
+            callbacks=callbacks,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _ray_session(workers: int) -> Iterator[Any]:
+    """A Ray session, quiet; a cluster named by RAY_ADDRESS is joined, otherwise one is started."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not address:
+        cores = max(os.cpu_count() or 1, workers)
+        options |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except Exception as error:
+        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
+        raise PipelineError(f"cannot start {where}: {_first_line(error)}") from None
+    # Ray takes the signal for itself, prints a stack and exits at once.
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause of a worker's failure in one line."""
+    text = str(error)
+    if "WORKER_DIED" in text or "died unexpectedly" in text or "ActorDied" in type(error).__name__:
+        return "a worker process was killed or crashed"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _explain(error: BaseException, folder: Path) -> TrainingError:
+    trace = folder / "error.txt"
+    trace.write_text("".join(traceback.format_exception(error)))
+    return TrainingError(f"training failed: {_cause(error)}; the full trace is in {trace}")

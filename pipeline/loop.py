@@ -1,0 +1,238 @@
+"""The training loop: the same for every experiment, on one device or on many."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data_prep
+import models
+from pipeline.checkpoint import CheckpointStore, Progress
+from pipeline.evaluate import evaluate
+from pipeline.optim import build_optimizer, learning_rate
+
+if TYPE_CHECKING:
+    from data_prep import Loader, Manifest
+    from pipeline.config import Experiment, Recipe
+    from pipeline.context import TrainContext
+
+#: Seconds between two progress events, each of which waits for the device once.
+PROGRESS_INTERVAL = 0.5
+
+#: Steps between two checks of the loss on all ranks together.
+CHECK_STEPS = 50
+
+_NO_STEP = 2**62
+
+
+def build_model(experiment: Experiment) -> nn.Module:
+    """The experiment's network with its method applied, on the CPU, weights from the seed."""
+    dataset = data_prep.get_dataset(experiment.dataset)
+    return models.create_model(
+        experiment.backbone,
+        experiment.method,
+        num_classes=len(dataset.class_names),
+        in_channels=dataset.channels,
+        image_size=dataset.image_size,
+        seed=experiment.seed,
+    )
+
+
+def train(
+    experiment: Experiment, manifest: Manifest, store: CheckpointStore, context: TrainContext
+) -> None:
+    """Train from the newest valid checkpoint, or from scratch, to the last epoch.
+
+    Progress and results leave as events of the context; the trained weights are the last
+    checkpoint. Each rank calls this with the same arguments.
+
+    Raises:
+        FloatingPointError: at a loss that is not finite, naming the epoch and step.
+    """
+    recipe = experiment.train
+    context.event("phase", text="compiling the data pipeline")
+    train_loader, test_loader = _loaders(experiment, manifest, context)
+    # Convolutions are faster with the channels innermost, on the CPU as on tensor cores.
+    model = build_model(experiment).to(context.device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, recipe)
+    newest = store.newest(lambda line: context.event("note", text=line))
+    epoch = context.agree(-1 if newest is None else newest)
+    progress = store.load(epoch, model, optimizer) if epoch > 0 else Progress(0, 0, [])
+    if epoch > 0:
+        context.event("resumed", epoch=epoch, history=progress.history)
+
+    replica = context.wrap(model)
+    split = {"classes": len(manifest.class_names), "images": manifest.counts["test"]}
+    evaluation = None
+    while progress.epoch < recipe.epochs:
+        metrics = _train_epoch(experiment, replica, optimizer, train_loader, progress, context)
+        _average_buffers(model, context)
+        started = time.perf_counter()
+        evaluation = evaluate(model, test_loader, context, **split)
+        metrics |= evaluation.metrics() | {"evaluate_seconds": time.perf_counter() - started}
+        progress = Progress(
+            progress.epoch + 1,
+            progress.step + train_loader.steps_per_epoch,
+            [*progress.history, metrics],
+        )
+        if context.rank == 0:
+            started = time.perf_counter()
+            store.save(model, optimizer, progress)
+            metrics["checkpoint_seconds"] = time.perf_counter() - started
+        context.event(
+            "epoch",
+            epoch=progress.epoch,
+            step=progress.step,
+            steps=recipe.epochs * train_loader.steps_per_epoch,
+            metrics=metrics,
+        )
+        context.report(metrics)
+    if evaluation is None:
+        evaluation = evaluate(model, test_loader, context, **split)
+    context.event(
+        "evaluation",
+        confusion=evaluation.confusion.tolist(),
+        top5_hits=evaluation.top5_hits,
+        loss=evaluation.loss,
+    )
+
+
+def _loaders(
+    experiment: Experiment, manifest: Manifest, context: TrainContext
+) -> tuple[Loader, Loader]:
+    recipe = experiment.train
+
+    def loader(split: str, training: bool) -> Loader:
+        return data_prep.make_loader(
+            manifest,
+            split,
+            batch_size=recipe.batch_size,
+            training=training,
+            augmentation=data_prep.Augmentation(shift=recipe.shift, flip=recipe.flip)
+            if training
+            else None,
+            seed=experiment.seed,
+            rank=context.rank,
+            world_size=context.world_size,
+            device=context.device,
+            threads=experiment.data.threads,
+        )
+
+    return loader("train", training=True), loader("test", training=False)
+
+
+def _train_epoch(
+    experiment: Experiment,
+    replica: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    progress: Progress,
+    context: TrainContext,
+) -> dict[str, float]:
+    """One pass over the training split; metrics are means over all ranks."""
+    recipe = experiment.train
+    steps = loader.steps_per_epoch
+    replica.train()
+    meter = _Meter(context)
+    started = told = time.perf_counter()
+    with loader.epoch(progress.epoch) as batches:
+        for done, (images, labels) in enumerate(batches, start=1):
+            step = progress.step + done - 1
+            # Dropout and the like draw the same numbers whether or not the run was interrupted.
+            torch.manual_seed((experiment.seed << 40) + step * context.world_size + context.rank)
+            rate = learning_rate(recipe, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, hits = train_step(replica, optimizer, images, labels, recipe)
+            meter.add(step, loss, hits, len(labels))
+            if done % CHECK_STEPS == 0:
+                meter.check(progress.epoch)
+            now = time.perf_counter()
+            if context.rank == 0 and now - told > PROGRESS_INTERVAL:
+                told = now
+                context.event(
+                    "step",
+                    epoch=progress.epoch,
+                    done=done,
+                    steps=steps,
+                    images_per_second=done * recipe.batch_size / (now - started),
+                    **meter.means(),
+                )
+    seconds = time.perf_counter() - started
+    meter.check(progress.epoch)
+    meter.sum_over_ranks()
+    return {
+        **meter.means(),
+        "lr": rate,
+        "images_per_second": steps * recipe.batch_size / seconds,
+        "train_seconds": seconds,
+    }
+
+
+def train_step(
+    replica: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: Recipe,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and one optimizer step.
+
+    Args:
+        images: float32 (N, C, H, W), normalized.
+        labels: int64 (N,).
+
+    Returns:
+        Mean loss and number of correct predictions, as scalars on the device.
+    """
+    with torch.autocast(
+        images.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16"
+    ):
+        logits = replica(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+
+class _Meter:
+    """Running sums of an epoch that stay on the device until somebody asks."""
+
+    def __init__(self, context: TrainContext) -> None:
+        self._context = context
+        self._sums = torch.zeros(3, dtype=torch.float64, device=context.device)
+        self._first_bad = torch.full((), _NO_STEP, dtype=torch.int64, device=context.device)
+
+    def add(self, step: int, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
+        self._sums += torch.stack((loss.double() * images, hits.double(), loss.new_tensor(images)))
+        bad = torch.where(torch.isfinite(loss), _NO_STEP, step)
+        self._first_bad = torch.minimum(self._first_bad, bad)
+
+    def check(self, epoch: int) -> None:
+        """Stop on every rank when the loss of any rank was not finite."""
+        first = self._context.minimum_over_ranks(self._first_bad)
+        if first != _NO_STEP:
+            raise FloatingPointError(
+                f"the loss was not finite at step {first} (epoch {epoch + 1}); "
+                "lower train.lr or raise train.warmup_epochs"
+            )
+
+    def sum_over_ranks(self) -> None:
+        self._context.sum_over_ranks(self._sums)
+
+    def means(self) -> dict[str, float]:
+        loss, hits, images = self._sums.tolist()
+        return {"train_loss": loss / images, "train_top1": 100 * hits / images}
+
+
+def _average_buffers(model: nn.Module, context: TrainContext) -> None:
+    """Make the batch norm statistics, gathered by each rank on its share, the same everywhere."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            context.sum_over_ranks(buffer)
+            buffer /= context.world_size

@@ -1,0 +1,242 @@
+"""The model registry: a trained network, folded, exported and proven to load elsewhere.
+
+A version is a graph written by `torch.export` (`model.pt2`) with a dynamic batch size: it loads
+with torch and MLflow alone, without this project, and unpickles no code. The alias is moved to a
+new version only after that version has been read back and has given the trained net's logits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.config import PipelineError
+from pipeline.tracking import TrackingStore, store_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+TOLERANCE = 1e-5  # of the logits, against the largest one (at least 1)
+LONGEST_DESCRIPTION = 5000  # characters, MLflow's limit
+# What a pickle needs to name an object or to call one; without these it is plain data.
+CODE_OPCODES = {
+    *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
+    *("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"),
+}
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A model version.
+
+    Attributes:
+        name: of the registered model.
+        version: number of this version, from 1.
+        uri: `models:/<name>@<alias>`, for `mlflow.pytorch.load_model`.
+        size_bytes: size of the exported graph with its weights.
+    """
+
+    name: str
+    version: int
+    uri: str
+    size_bytes: int
+
+
+def register(
+    model: torch.nn.Module,
+    name: str,
+    *,
+    store: TrackingStore,
+    run_id: str,
+    example_shape: tuple[int, int, int],
+    reference: torch.nn.Module,
+    model_card: str,
+    preprocessing: Mapping[str, object],
+    tags: Mapping[str, str],
+    alias: str = "candidate",
+) -> RegisteredModel:
+    """Register `model` as the next version of `name`.
+
+    Args:
+        model: the folded network, plain torch layers; on the CPU, in eval mode.
+        run_id: the run that trained it.
+        example_shape: (C, H, W) of a float32 input image.
+        reference: the network as it was trained, on the CPU, in eval mode; `model` must give its
+            logits (N, classes).
+        model_card: markdown; the version's description and the file `model_card.md`.
+        preprocessing: JSON values: how to turn an image into an input and an output into a class
+            name; in `MLmodel` and in `preprocessing.json`.
+        tags: of the version.
+        alias: moved to the new version once that has been verified.
+
+    Raises:
+        PipelineError: the store refuses, the export holds pickled code, or the version that was
+            read back gives other logits; the alias then stays where it was.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    client = store.client
+    images = torch.randn(7, *example_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = reference(images)
+    with (
+        store_errors(f"cannot register {name} in {store.uri}"),
+        tempfile.TemporaryDirectory(prefix="ternforge-") as scratch,
+    ):
+        experiment_id = client.get_run(run_id).info.experiment_id
+        logged = client.create_logged_model(experiment_id, name, run_id, dict(tags))
+        folder = Path(scratch, "model")
+        _save(model, folder, logged, images, logits, preprocessing)
+        (folder / "model_card.md").write_text(model_card)
+        (folder / "preprocessing.json").write_text(json.dumps(dict(preprocessing), indent=2))
+        refuse_pickled_code(folder)
+        client.log_model_artifacts(logged.model_id, str(folder))
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        version = _create_version(client, name, logged, model_card, tags)
+        try:
+            _verify(store, name, version, images, logits)
+        except PipelineError:
+            client.delete_model_version(name, version)
+            raise
+        client.set_registered_model_alias(name, alias, version)
+        size = (folder / "data" / "model.pt2").stat().st_size
+    return RegisteredModel(name, int(version), f"models:/{name}@{alias}", size)
+
+
+def _save(
+    model: torch.nn.Module,
+    folder: Path,
+    logged: LoggedModel,
+    images: torch.Tensor,
+    logits: torch.Tensor,
+    preprocessing: Mapping[str, object],
+) -> None:
+    """Write the artifact of an MLflow model into `folder`."""
+    import mlflow.pytorch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    # Unnamed, for MLflow's scoring server hands named inputs over as a dict, which it then refuses.
+    def batches_like(tensor: torch.Tensor) -> Schema:
+        return Schema([TensorSpec(np.dtype("float32"), (-1, *tensor.shape[1:]))])
+
+    # Requirements are given, for inferring them starts a process that loads the model.
+    mlflow.pytorch.save_model(
+        model,
+        str(folder),
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+            run_id=logged.source_run_id,
+        ),
+        signature=ModelSignature(batches_like(images), batches_like(logits)),
+        # From an example of one image the exported graph would take no other batch size.
+        input_example=np.zeros((2, *images.shape[1:]), np.float32),
+        serialization_format="pt2",
+        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
+        metadata=dict(preprocessing),
+    )
+    _drop_example_inputs(folder / "data" / "model.pt2")
+
+
+def _drop_example_inputs(archive: Path) -> None:
+    """Replace the example batch in a .pt2 archive, a pickle of tensors, by a number.
+
+    It is the one member that torch always writes as a pickle. Both torch and MLflow insist on
+    reading it and on one entry per argument, so `((0,), {})` stays: a stream that names no type.
+    """
+    with _no_buffer_warning():
+        program = torch.export.load(archive)
+    program.example_inputs = ((0,), {})
+    torch.export.save(program, archive)
+
+
+def _create_version(
+    client: MlflowClient, name: str, logged: LoggedModel, model_card: str, tags: Mapping[str, str]
+) -> str:
+    """The number of a new version of `name`, which is created if missing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name,
+        # Not `models:/<id>`, which MLflow looks up in its global store, whatever the client's.
+        logged.artifact_location,
+        logged.source_run_id,
+        tags=dict(tags),
+        description=model_card[:LONGEST_DESCRIPTION],
+        model_id=logged.model_id,
+    )
+    return str(version.version)
+
+
+def _no_buffer_warning() -> warnings.catch_warnings[None]:
+    """Torch warns that weights it has just read share memory with a read-only buffer."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
+
+
+def refuse_pickled_code(folder: Path) -> None:
+    """Raise PipelineError if a file below `folder` can run code when it is unpickled."""
+    for name, content in _members(folder):
+        try:
+            opcodes = {opcode.name for opcode, _, _ in pickletools.genops(content)}
+        except Exception:
+            continue  # not a pickle
+        if opcodes & CODE_OPCODES:
+            raise PipelineError(f"the exported model holds pickled code in {name}")
+
+
+def _members(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file below `folder`, and every member of the archives among them, to any depth."""
+    waiting = [(str(path), path.read_bytes()) for path in folder.rglob("*") if path.is_file()]
+    while waiting:
+        name, content = waiting.pop()
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                waiting += [
+                    (f"{name}/{inner}", archive.read(inner)) for inner in archive.namelist()
+                ]
+        else:
+            yield name, content
+
+
+def _verify(
+    store: TrackingStore, name: str, version: str, images: torch.Tensor, logits: torch.Tensor
+) -> None:
+    """Read the version back and compare its logits, for a batch, two images and one."""
+    import mlflow.artifacts
+    import mlflow.pytorch
+
+    source = store.client.get_model_version_download_uri(name, version)
+    with tempfile.TemporaryDirectory(prefix="ternforge-") as scratch, _no_buffer_warning():
+        folder = mlflow.artifacts.download_artifacts(
+            source, dst_path=scratch, tracking_uri=store.client.tracking_uri
+        )
+        loaded = mlflow.pytorch.load_model(folder)
+    allowed = TOLERANCE * max(1.0, logits.abs().max().item())
+    with torch.inference_mode():
+        for count in (len(images), 2, 1):
+            difference = (loaded(images[:count]) - logits[:count]).abs().max().item()
+            if not difference <= allowed:
+                raise PipelineError(
+                    f"version {version} of {name} gives other logits than the trained network: "
+                    f"they differ by {difference:.2g} for {count} images, {allowed:.2g} is allowed"
+                )

@@ -1,0 +1,210 @@
+"""What a finished run leaves to look at: figures, the model card, and the summary table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.table import Table
+from torch import nn
+
+import models
+from data_prep import get_dataset
+from pipeline.display import duration
+from pipeline.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from data_prep import Dataset
+    from pipeline.stages import Result
+
+_BLUE, _ORANGE, _GRAY = "#3b6fb6", "#d9782d", "#8a8a8a"
+
+#: Up to this many classes each cell of the confusion matrix shows its count.
+_MOST_COUNTS = 20
+
+
+def curves(history: list[dict[str, float]], title: str) -> Figure:
+    """Loss, accuracy and learning rate over the epochs."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    epochs = range(1, len(history) + 1)
+    for axes, quantity, label in ((loss, "loss", "cross-entropy"), (accuracy, "top1", "top-1 (%)")):
+        for split, color in (("train", _GRAY), ("test", _BLUE)):
+            values = [epoch[f"{split}_{quantity}"] for epoch in history]
+            axes.plot(epochs, values, color=color, label=split, marker=".")
+        axes.set_ylabel(label)
+        axes.legend(frameon=False)
+    rate.plot(epochs, [epoch["lr"] for epoch in history], color=_ORANGE, marker=".")
+    rate.set_ylabel("learning rate at the epoch's end")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    return figure
+
+
+def confusion_matrix(evaluation: Evaluation, class_names: tuple[str, ...], title: str) -> Figure:
+    """True class against predicted class; shade: share of the true class, figure: images."""
+    counts = evaluation.confusion
+    classes = len(counts)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(6.4, 5.8), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    if classes <= _MOST_COUNTS:
+        axes.set_xticks(range(classes), class_names, rotation=90 if classes > 10 else 0)
+        axes.set_yticks(range(classes), class_names)
+        for row, column in counts.nonzero().tolist():
+            axes.text(
+                column,
+                row,
+                str(int(counts[row, column])),
+                ha="center",
+                va="center",
+                color="white" if shares[row, column] > 0.5 else "black",
+                fontsize=8,
+            )
+    figure.colorbar(image, ax=axes, label="share of the true class")
+    return figure
+
+
+def weight_histogram(model: nn.Module, title: str) -> Figure:
+    """Latent weights of each quantized layer, and the quantized levels they are used as.
+
+    A float network shows its weights alone.
+    """
+    quantized = dict(models.quantized_layers(model))
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and (name in quantized or not quantized)
+    }
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (name, layer) in zip(grid, layers.items(), strict=False):
+        latent = layer.weight.detach().flatten()
+        counts, edges = _histogram(latent)
+        axes.stairs(counts, edges, fill=True, color=_BLUE, alpha=0.6, label="latent")
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks([])
+        if quantized:
+            levels, shares = _levels(quantized[name].quantized_weight())
+            heights = [share * max(counts) for share in shares]
+            axes.vlines(levels, 0, heights, color=_ORANGE, lw=2, label="quantized")
+            for level, height, share in zip(levels, heights, shares, strict=True):
+                axes.text(level, height, f"{share:.0%}", ha="center", va="bottom", fontsize=7)
+    for axes in list(grid)[len(layers) :]:
+        axes.set_axis_off()
+    if quantized:
+        figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def _histogram(weights: torch.Tensor) -> tuple[list[float], list[float]]:
+    reach = float(weights.abs().max()) or 1.0
+    counts = torch.histc(weights, bins=60, min=-reach, max=reach)
+    edges = torch.linspace(-reach, reach, 61)
+    return (counts / counts.sum()).tolist(), edges.tolist()
+
+
+def _levels(weight: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Distinct values of a quantized weight and the share of the weights at each."""
+    levels, counts = torch.unique(weight.detach(), return_counts=True)
+    return levels.tolist(), (counts / counts.sum()).tolist()
+
+
+def preprocessing(dataset: Dataset) -> dict[str, object]:
+    """What a user of the model has to do to an image, as plain data."""
+    return {
+        "input": f"float32 (N, {dataset.channels}, {dataset.image_size}, {dataset.image_size})",
+        "scale": "pixel / 255",
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "class_names": list(dataset.class_names),
+    }
+
+
+def model_card(result: Result) -> str:
+    """Markdown that says what the model is, how good it is and how to use it."""
+    experiment, profile = result.experiment, result.profile
+    dataset = get_dataset(experiment.dataset)
+    return f"""# {experiment.name}
+
+{experiment.backbone} with method `{experiment.method}`, trained on {dataset.title}.
+
+| | |
+|---|---|
+| top-1 on the test split | {result.evaluation.top1:.2f} % of {result.evaluation.images:,} images |
+| parameters | {profile.parameters:,} |
+| stored | {profile.stored_bytes:,} bytes ({profile.float32_bytes:,} as float32) |
+| multiply-accumulates per image | {profile.macs:,} |
+| epochs | {experiment.train.epochs} |
+
+The registered program is the folded network: plain convolutions with the quantized weights.
+
+    import mlflow
+    model = mlflow.pytorch.load_model("models:/{experiment.name}@candidate")
+    logits = model(images)
+
+`images` is {preprocessing(dataset)["input"]}: pixels divided by 255, then normalized with mean
+{list(dataset.mean)} and standard deviation {list(dataset.std)} per channel. License of the data:
+{dataset.licence}.
+"""
+
+
+def summary(result: Result) -> Table:
+    """The table at the end of a run."""
+    experiment, profile = result.experiment, result.profile
+    table = Table(box=SIMPLE, show_header=False, title=experiment.name, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    accuracy = f"{result.evaluation.top1:.2f} % of {result.evaluation.images:,} test images"
+    if result.evaluation.top5 is not None:
+        accuracy += f", top-5 {result.evaluation.top5:.2f} %"
+    reference = experiment.reference
+    if reference is not None and reference.top1 is not None:
+        accuracy += f" (published {reference.top1:.2f} %: {reference.what}; {reference.source})"
+    table.add_row("top-1", accuracy)
+    table.add_row("parameters", f"{profile.parameters:,}")
+    table.add_row(
+        "stored",
+        f"{profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32 "
+        f"({profile.float32_bytes / profile.stored_bytes:.1f}x smaller)",
+    )
+    table.add_row("MACs", f"{profile.macs:,} per image")
+    rate = result.history[-1]["images_per_second"]
+    table.add_row("time", f"{duration(result.seconds)}, training at {rate:,.0f} img/s")
+    table.add_row("run", str(result.folder))
+    if result.tracking_uri is not None:
+        table.add_row("MLflow run", f"{result.run_id} in {result.tracking_uri}")
+    if result.model is not None:
+        table.add_row("model", result.model.uri)
+    return table
+
+
+def next_commands(result: Result) -> list[tuple[str, str]]:
+    """What to type to see the run and to use the model."""
+    if result.tracking_uri is None:
+        return []
+    see = (
+        result.tracking_uri
+        if result.tracking_uri.startswith("http")
+        else f"mlflow ui --backend-store-uri {result.tracking_uri}"
+    )
+    commands = [("see it", see)]
+    if result.model is not None:
+        commands.append(
+            (
+                "use it",
+                f"MLFLOW_TRACKING_URI={result.tracking_uri} python -c 'import mlflow; "
+                f'model = mlflow.pytorch.load_model("{result.model.uri}")\'',
+            )
+        )
+    return commands

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import os
+import pickletools
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.checkpoint import CheckpointStore, Progress
+from pipeline.config import Recipe
+from pipeline.optim import build_optimizer
+
+
+def small_training(optimizer_name: str = "sgd") -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    return model, build_optimizer(model, Recipe(optimizer=optimizer_name))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(8, 1, 8, 8, generator=generator)
+    loss = model(images).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adam", "adamw"])
+def test_a_restored_training_goes_on_bit_for_bit(tmp_path, optimizer_name):
+    model, optimizer = small_training(optimizer_name)
+    store = CheckpointStore(tmp_path, "identity")
+    for number in range(3):
+        step(model, optimizer, number)
+    store.save(model, optimizer, Progress(1, 3, [{"train_loss": 0.5}]))
+    for number in range(3, 6):
+        step(model, optimizer, number)
+
+    again, again_optimizer = small_training(optimizer_name)
+    progress = store.load(1, again, again_optimizer)
+    assert progress == Progress(1, 3, [{"train_loss": 0.5}])
+    for number in range(3, 6):
+        step(again, again_optimizer, number)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def saved(folder: Path, epochs: int = 2, keep: int = 2) -> CheckpointStore:
+    model, optimizer = small_training()
+    store = CheckpointStore(folder, "identity", keep=keep)
+    for epoch in range(1, epochs + 1):
+        step(model, optimizer, epoch)
+        store.save(model, optimizer, Progress(epoch, epoch, [{}] * epoch))
+    return store
+
+
+def test_the_newest_is_found_and_only_so_many_are_kept(tmp_path):
+    store = saved(tmp_path, epochs=11, keep=3)
+    assert store.newest(pytest.fail) == 11
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["epoch-0009", "epoch-0010", "epoch-0011"]
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    assert CheckpointStore(tmp_path / "none", "identity").newest(pytest.fail) is None
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "bytes of"),
+        (flip_a_bit, "checksum"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_wins(tmp_path, damage, reason):
+    store = saved(tmp_path)
+    damage(tmp_path / "epoch-0002")
+    lines: list[str] = []
+    assert store.newest(lines.append) == 1
+    assert len(lines) == 1
+    assert "epoch-0002" in lines[0]
+    assert reason in lines[0]
+
+
+def test_a_checkpoint_of_another_experiment_is_never_continued(tmp_path):
+    saved(tmp_path)
+    lines: list[str] = []
+    assert CheckpointStore(tmp_path, "other").newest(lines.append) is None
+    assert all("another experiment" in line for line in lines)
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path):
+    store = saved(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
+        store.load_model(2, nn.Sequential(nn.Conv2d(1, 5, 3)))
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    saved(tmp_path)
+    for path in (tmp_path / "epoch-0002").iterdir():
+        content = path.read_bytes()
+        assert not content.startswith(b"PK"), f"{path.name} is an archive"
+        with pytest.raises((ValueError, UnicodeDecodeError, IndexError)):
+            list(pickletools.genops(content))
+
+
+def test_a_writer_killed_at_any_time_leaves_only_whole_checkpoints(tmp_path):
+    program = textwrap.dedent(
+        """
+        import itertools, pathlib, sys
+        from torch import nn
+        from pipeline.checkpoint import CheckpointStore, Progress
+        from pipeline.config import Recipe
+        from pipeline.optim import build_optimizer
+        model = nn.Linear(600, 600)
+        optimizer = build_optimizer(model, Recipe())
+        store = CheckpointStore(pathlib.Path(sys.argv[1]), "identity")
+        for epoch in itertools.count(1):
+            store.save(model, optimizer, Progress(epoch, epoch, []))
+            print(epoch, flush=True)
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    for _ in range(5):
+        last = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = CheckpointStore(tmp_path, "identity").newest(pytest.fail)
+    assert newest is not None
+    assert newest >= last
+    state = json.loads((tmp_path / f"epoch-{newest:04d}" / "state.json").read_text())
+    assert state["epoch"] == newest
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_untouched(tmp_path):
+    """A folder that cannot be written stands for any failure in the middle of a save."""
+    store = saved(tmp_path, epochs=1)
+    model, optimizer = small_training()
+    bad = Progress(2, 2, [{"train_loss": float("nan")}])
+    with pytest.raises(ValueError, match="JSON"):
+        store.save(model, optimizer, bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0001"]
+    assert store.newest(pytest.fail) == 1

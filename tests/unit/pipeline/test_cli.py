@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.cli import main, smoke
+from pipeline.config import Experiment
+from pipeline.experiments import catalog, load_experiment
+
+RUN = Path(__file__).parents[3] / "run.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def error_of(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert list(Path.cwd().iterdir()) == [], "bad input left something behind"
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--experiment", "digits_lenet5_tenrary"], ["digits_lenet5_tenrary", "ternary"]),
+        (["--experiment", "digits_lenet5", "train.epoch=3"], ["train.epochs"]),
+        (["--experiment", "digits_lenet5", "train.epochs=0"], ["greater than 0"]),
+        (["--experiment", "digits_lenet5", "method=ternary(expansoin=2)"], ["expansion"]),
+        (["--experiment", "digits_lenet5", "method=ternary(expansion=3)"], ["expansion", "3"]),
+        (["--experiment", "digits_lenet5", "dataset=mnits"], ["mnist"]),
+        (["--experiment", "digits_lenet5", "backbone=lenet6"], ["lenet5"]),
+        (["--experimnt", "digits_lenet5"], ["--experimnt", "--experiment"]),
+        (["--experiment"], ["--experiment"]),
+        (["train.epochs=3"], ["--experiment NAME"]),
+        (["--experiment", "digits_lenet5", "--describe", "digits_lenet5"], ["not both"]),
+        (["--experiment", "digits_lenet5", "--yaml"], ["--describe"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--list", "cifar*"], ["cifar*"]),
+        (["--experiment", "digits_lenet5", "scaling.workers=3", "--dry-run"], ["multiple of 3"]),
+        (["--experiment", "digits_lenet5", "train.epochs=3", "--resume"], ["no unfinished run"]),
+    ],
+)
+def test_bad_input_is_one_line_with_the_nearest_right_thing(capsys, arguments, parts):
+    if "--resume" in arguments:
+        # Preparing comes first, so keep it small and elsewhere.
+        prepared = Path.cwd().parent / "prepared"
+        arguments = [*arguments, "data.synthetic=[64,8]", f"data.prepared={prepared}"]
+        arguments += ["tracking.enabled=false"]
+        assert main(arguments) == 2
+        assert parts[0] in capsys.readouterr().err
+        return
+    line = error_of(capsys, *arguments)
+    for part in parts:
+        assert part in line
+
+
+def test_list_shows_every_curated_experiment(capsys):
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    for name in catalog():
+        assert name in shown
+    assert "99.50" in shown
+
+
+def test_list_takes_a_glob(capsys):
+    assert main(["--list", "*ternary"]) == 0
+    shown = capsys.readouterr().out
+    assert "mnist_lenet5_ternary " in shown
+    assert "ternary-x4" not in shown
+
+
+def test_describe_shows_published_counts(capsys):
+    """LeNet5 at 28x28: 878,154 parameters and 6,571,520 MACs (Stadtmann et al. 2020)."""
+    assert main(["--describe", "mnist_lenet5_ternary"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("878,154", "6,571,520", "train.epochs", "conv2", "ternary"):
+        assert text in shown
+
+
+def test_describe_yaml_is_what_config_reads(capsys):
+    assert main(["--describe", "mnist_lenet5", "train.epochs=7", "--yaml"]) == 0
+    text = capsys.readouterr().out
+    assert Experiment.model_validate(yaml.safe_load(text)) == load_experiment(
+        "mnist_lenet5", ["train.epochs=7"]
+    )
+    Path("mine.yaml").write_text(text)
+    assert main(["--config", "mine.yaml", "train.epochs=8", "--describe", "mnist_lenet5"]) == 2
+    assert main(["--config", "mine.yaml", "train.epochs=8", "--dry-run"]) == 0
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(capsys):
+    assert main(["--experiment", "digits_lenet5_ternary", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    # 1,437 training images in batches of 64: 22 full steps an epoch.
+    for text in ("22 steps", "440 in all", "4 quantized", "conv1, conv2, fc1, fc2", "digits"):
+        assert text in shown
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_help_and_list_answer_in_about_a_second_and_need_no_torch():
+    for argument in ("--help", "--list"):
+        program = (
+            "import sys; sys.modules.update(dict.fromkeys("
+            "['torch', 'ray', 'mlflow', 'ffcv', 'numba', 'matplotlib']));"
+            f"from pipeline.cli import main; sys.exit(main([{argument!r}]))"
+        )
+        started = time.monotonic()
+        answer = subprocess.run(
+            [sys.executable, "-c", program], cwd=RUN.parent, capture_output=True, text=True
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert "experiment" in answer.stdout
+        assert time.monotonic() - started < 5, "a loaded machine may take a few times as long"
+
+
+def test_describe_and_dry_run_need_neither_ray_nor_ffcv_nor_mlflow():
+    for arguments in (
+        ["--describe", "digits_lenet5"],
+        ["--experiment", "digits_lenet5", "--dry-run", "data.backend=torch"],
+    ):
+        program = (
+            "import sys; sys.modules.update(dict.fromkeys(['ray', 'mlflow', 'ffcv', 'numba']));"
+            f"from pipeline.cli import main; sys.exit(main({arguments!r}))"
+        )
+        answer = subprocess.run(
+            [sys.executable, "-c", program], cwd=RUN.parent, capture_output=True, text=True
+        )
+        assert answer.returncode == 0, answer.stderr
+
+
+def test_run_py_returns_the_exit_code():
+    answer = subprocess.run([sys.executable, RUN, "--experiment", "x"], capture_output=True)
+    assert answer.returncode == 2
+    assert b"Traceback" not in answer.stderr
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert main([]) == 0
+    assert "--experiment" in capsys.readouterr().out
+
+
+def test_the_smoke_form_keeps_network_method_and_optimizer():
+    experiment = load_experiment("mnist_lenet5_ternary-x2")
+    small = smoke(experiment)
+    assert (small.backbone, small.method) == (experiment.backbone, experiment.method)
+    assert small.train.optimizer == experiment.train.optimizer
+    assert small.tracking.runs != experiment.tracking.runs

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import (
+    Experiment,
+    PipelineError,
+    flatten,
+    load_yaml,
+    override,
+    parse_overrides,
+    setting_fields,
+    without_effect,
+)
+from pipeline.experiments import catalog, load_experiment
+
+BASE = Experiment(name="digits_lenet5", dataset="digits", backbone="lenet5")
+
+
+def test_overrides_reach_every_level_and_type():
+    changed = override(
+        BASE,
+        [
+            "train.epochs=3",
+            "train.lr=1e-3",
+            "train.milestones=[1,2.5]",
+            "train.schedule=multistep",
+            "method=ternary(expansion=4)",
+            "scaling.workers=none",
+            "data.root=/somewhere",
+            "tracking.enabled=false",
+            "seed=7",
+        ],
+    )
+    assert changed.train.epochs == 3
+    assert changed.train.lr == 0.001
+    assert changed.train.milestones == (1.0, 2.5)
+    assert changed.method == "ternary(expansion=4)"
+    assert changed.scaling.workers is None
+    assert str(changed.data.root) == "/somewhere"
+    assert changed.tracking.enabled is False
+    assert changed.seed == 7
+    assert BASE.train.epochs == 10, "the base experiment is frozen"
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("train.epoch=3", ["train.epoch", "train.epochs"]),
+        ("epochs=3", ["epochs", "train.epochs"]),
+        ("train=3", ["group", "train.lr"]),
+        ("train.epochs=0", ["train.epochs=0", "greater than 0"]),
+        ("train.epochs=three", ["train.epochs='three'", "integer"]),
+        ("train.epochs=2.5", ["train.epochs=2.5", "integer"]),
+        ("train.lr=-1", ["train.lr", "greater than 0"]),
+        ("train.lr=.inf", ["train.lr", "finite"]),
+        ("train.optimizer=sdg", ["train.optimizer='sdg'", "'sgd'"]),
+        ("train.nesterov=maybe", ["train.nesterov='maybe'", "boolean"]),
+        ("train.milestones=[3,1]", ["train.milestones", "rise"]),
+        ("train.schedule=multistep", ["needs train.milestones"]),
+        ("train.warmup_epochs=11", ["longer than the whole training"]),
+        ("train.epochs", ["key=value"]),
+        ("train.epochs=[", ["train.epochs='['"]),
+        ("data.synthetic=[1]", ["data.synthetic"]),
+        ("name=other", ["unknown setting 'name'"]),
+        ("seed=-1", ["seed=-1"]),
+    ],
+)
+def test_bad_overrides_are_one_line_that_names_the_setting(word, parts):
+    with pytest.raises(PipelineError) as caught:
+        override(BASE, [word])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_every_setting_has_a_description():
+    undescribed = [key for key, field in setting_fields().items() if not field.description]
+    assert undescribed == ["dataset"]
+
+
+def test_yaml_round_trip_gives_the_same_experiment(tmp_path):
+    for experiment in catalog().values():
+        path = tmp_path / "experiment.yaml"
+        path.write_text(experiment.to_yaml())
+        assert load_yaml(path) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a\n- b\n", "holds no experiment"),
+        ("a: [", "is not YAML"),
+        ("name: x\ndataset: digits\n", "'backbone' is missing"),
+        ("name: x\ndataset: digits\nbackbone: lenet5\nepochs: 3\n", "unknown setting 'epochs'"),
+        ("name: x\ndataset: digits\nbackbone: lenet5\ntrain: {lr: no}\n", "train.lr"),
+    ],
+)
+def test_a_bad_yaml_is_one_line_that_names_the_file(tmp_path, text, part):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(PipelineError, match=r"bad\.yaml") as caught:
+        load_yaml(path)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_yaml_is_named(tmp_path):
+    with pytest.raises(PipelineError, match="nowhere"):
+        load_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_identity_depends_on_what_decides_the_weights_and_on_nothing_else():
+    identity = BASE.identity("data")
+    changing = ["train.epochs=3", "seed=1", "method=ternary", "train.lr=0.2", "backbone=vgg"]
+    same = ["scaling.workers=4", "tracking.runs=elsewhere", "data.root=/x", "data.backend=torch"]
+    assert len({override(BASE, [word]).identity("data") for word in changing} | {identity}) == 6
+    assert {override(BASE, [word]).identity("data") for word in same} == {identity}
+    assert BASE.identity("other data") != identity
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train.momentum=0.5", "train.optimizer=adam"], "train.momentum"),
+        (["train.gamma=0.5"], "train.gamma"),
+        (["scaling.workers=3", "scaling.launcher=local"], "scaling.workers"),
+        (["tracking.uri=http://x", "tracking.enabled=false"], "tracking.uri"),
+        (["data.root=/x"], "data.root"),
+    ],
+)
+def test_an_override_without_effect_is_said(words, key):
+    lines = without_effect(override(BASE, words), words)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{key} has no effect with ")
+
+
+def test_an_override_with_effect_is_not_mentioned():
+    words = ["train.momentum=0.5", "scaling.workers=3", "train.lr=1"]
+    assert without_effect(override(BASE, words), words) == []
+
+
+def test_flatten_gives_the_keys_that_overrides_take():
+    flat = flatten(BASE.model_dump(mode="json", exclude={"name", "reference"}))
+    assert list(flat) == list(setting_fields())
+
+
+def test_values_are_parsed_as_yaml_and_words_of_calls_stay_text():
+    values = parse_overrides(["seed=3", "train.flip=true", "method=ternary(expansion=2)"])
+    assert values == {"seed": 3, "train.flip": True, "method": "ternary(expansion=2)"}
+
+
+def test_an_uncurated_name_resolves_by_the_grammar_and_is_untuned():
+    experiment = load_experiment("mnist_lenet5_ternary-x4", ["train.epochs=1"])
+    assert experiment.tuned
+    other = load_experiment("digits_lenet5_float")
+    assert (other.dataset, other.backbone, other.method) == ("digits", "lenet5", "float")
+    assert not other.tuned
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("digits_lenet5_tenrary", "ternary"),
+        ("digit_lenet5", "digits"),
+        ("digits_lenet", "lenet5"),
+        ("digits", "digits_lenet5"),
+        ("a_b_c_d", "--list"),
+        ("", "--list"),
+    ],
+)
+def test_an_unknown_experiment_names_the_nearest(name, part):
+    with pytest.raises(PipelineError) as caught:
+        load_experiment(name)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_curated_name_says_its_parts():
+    for name, experiment in catalog().items():
+        assert name.startswith(f"{experiment.dataset}_{experiment.backbone}")
+        assert experiment.tuned

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data_prep
+from pipeline.checkpoint import CheckpointStore
+from pipeline.config import Experiment, Recipe
+from pipeline.context import TrainContext
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.loop import build_model, train, train_step
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return data_prep.prepare(
+        "digits", prepared=tmp_path_factory.mktemp("prepared"), backend="torch", synthetic=(100, 30)
+    )
+
+
+def small(**train_settings) -> Experiment:
+    settings = {"epochs": 2, "batch_size": 16, "lr": 0.05, "shift": 1, **train_settings}
+    return Experiment(
+        name="digits_lenet5_ternary",
+        dataset="digits",
+        backbone="lenet5",
+        method="ternary",
+        train=Recipe(**settings),
+    )
+
+
+def run(experiment, manifest, folder, tell=lambda event: None):
+    events = []
+
+    def both(event):
+        events.append(event)
+        tell(event)
+
+    context = TrainContext(both)
+    context.device = torch.device("cpu")
+    store = CheckpointStore(folder, experiment.identity(manifest.fingerprint))
+    train(experiment, manifest, store, context)
+    model = build_model(experiment)
+    store.load_model(experiment.train.epochs, model)
+    return model.state_dict(), events
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(manifest, tmp_path):
+    first, _ = run(small(), manifest, tmp_path / "a")
+    second, _ = run(small(), manifest, tmp_path / "b")
+    other, _ = run(small().model_copy(update={"seed": 1}), manifest, tmp_path / "c")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_stopped_after_an_epoch_ends_with_the_uninterrupted_weights(manifest, tmp_path):
+    experiment = small(epochs=3)
+    whole, whole_events = run(experiment, manifest, tmp_path / "whole")
+
+    def stop_after_first(event):
+        if event["kind"] == "epoch":
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(experiment, manifest, tmp_path / "broken", stop_after_first)
+    resumed, events = run(experiment, manifest, tmp_path / "broken")
+    assert [event["epoch"] for event in events if event["kind"] == "resumed"] == [1]
+    assert [event["epoch"] for event in events if event["kind"] == "epoch"] == [2, 3]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    last = [e["metrics"]["train_loss"] for e in whole_events if e["kind"] == "epoch"][1:]
+    assert last == [e["metrics"]["train_loss"] for e in events if e["kind"] == "epoch"]
+
+
+def test_a_finished_training_is_only_evaluated_again(manifest, tmp_path):
+    run(small(), manifest, tmp_path)
+    _, events = run(small(), manifest, tmp_path)
+    kinds = [event["kind"] for event in events]
+    assert "epoch" not in kinds
+    assert kinds[-1] == "evaluation"
+
+
+def test_training_learns_the_made_up_images(manifest, tmp_path):
+    _, events = run(small(epochs=8), manifest, tmp_path)
+    epochs = [event["metrics"] for event in events if event["kind"] == "epoch"]
+    assert epochs[-1]["train_loss"] < 0.8 * epochs[0]["train_loss"]
+    assert epochs[-1]["test_top1"] > 50, "ten classes: chance is 10 %"
+    assert epochs[-1]["lr"] < epochs[0]["lr"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(manifest, tmp_path):
+    experiment = small(epochs=1, optimizer="sgd", lr=1e30, schedule="constant", momentum=0.0,
+                       nesterov=False)  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"step [1-5] \(epoch 1\)"):
+        run(experiment, manifest, tmp_path)
+    assert not list(tmp_path.glob("epoch-*")), "no checkpoint of a broken state"
+
+
+def test_a_training_step_is_plain_gradient_descent():
+    torch.manual_seed(0)
+    model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin.load_state_dict(model.state_dict())
+    images, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, hits = train_step(model, optimizer, images, labels, Recipe(label_smoothing=0.1))
+    expected = F.cross_entropy(twin(images), labels, label_smoothing=0.1)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
+    assert int(hits) == int((twin(images).argmax(1) == labels).sum())
+    assert torch.allclose(model.weight, twin.weight - 0.1 * twin.weight.grad)
+
+
+def test_bfloat16_changes_the_arithmetic_and_keeps_float32_weights(manifest, tmp_path):
+    weights, events = run(small(epochs=1, precision="bfloat16"), manifest, tmp_path / "low")
+    full, _ = run(small(epochs=1), manifest, tmp_path / "full")
+    assert weights["conv1.weight"].dtype == torch.float32
+    assert not torch.equal(weights["conv1.weight"], full["conv1.weight"])
+    assert all(math.isfinite(e["metrics"]["train_loss"]) for e in events if e["kind"] == "epoch")
+
+
+def test_evaluation_equals_a_count_by_hand(manifest):
+    """Two ranks' shares together are the split; each image is counted once."""
+    experiment = small()
+    model = build_model(experiment).eval()
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    losses = []
+    for rank in range(3):
+        loader = data_prep.make_loader(
+            manifest, "test", batch_size=6, training=False, rank=rank, world_size=3,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        with loader.epoch(0) as batches, torch.no_grad():
+            for images, labels in batches:
+                logits = model(images)
+                losses += F.cross_entropy(logits, labels, reduction="none").tolist()
+                for label, predicted in zip(labels, logits.argmax(1), strict=True):
+                    confusion[label, predicted] += 1
+
+    context = TrainContext(lambda event: None)
+    context.device = torch.device("cpu")
+    whole = data_prep.make_loader(
+        manifest, "test", batch_size=7, training=False, device=context.device
+    )
+    result = evaluate(model, whole, context, classes=10, images=30)
+    assert result.images == 30 == len(losses)
+    assert torch.equal(result.confusion, confusion)
+    assert result.loss == pytest.approx(sum(losses) / 30, rel=1e-6)
+    assert result.top1 == pytest.approx(100 * int(confusion.trace()) / 30)
+    assert result.top5 is None, "five of ten classes is no feat"
+
+
+def test_per_class_accuracy_follows_from_the_confusion_matrix():
+    confusion = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    result = Evaluation(confusion, top5_hits=6, loss=0.5)
+    assert result.per_class == [75.0, 100.0, None]
+    assert result.top1 == pytest.approx(100 * 5 / 6)
+    assert result.metrics() == {"test_top1": result.top1, "test_loss": 0.5}
+
+
+def test_top5_appears_with_enough_classes():
+    result = Evaluation(torch.eye(20, dtype=torch.int64), top5_hits=20, loss=0.0)
+    assert result.metrics()["test_top5"] == 100.0
+
+
+def test_an_evaluation_that_lost_an_image_is_refused(manifest):
+    """A rank whose counts never arrive makes the total short."""
+    context = TrainContext(lambda event: None)
+    context.device = torch.device("cpu")
+    share = data_prep.make_loader(
+        manifest, "test", batch_size=6, training=False, rank=0, world_size=2, device=context.device
+    )
+    with pytest.raises(RuntimeError, match="counted 15 images of a split of 30"):
+        evaluate(build_model(small()), share, context, classes=10, images=30)

@@ -1,0 +1,221 @@
+"""Registered models: what is in the artifact, and what a stranger's process makes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from pipeline.config import PipelineError
+from pipeline.registry import RegisteredModel, refuse_pickled_code, register
+from pipeline.tracking import Tracker, TrackingStore, open_tracking
+
+NAME = "digits_lenet5_ternary"
+PREPROCESSING = {"mean": [0.5], "std": [0.25], "class_names": ["zero", "one"]}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A ternary LeNet-5 in the registry of a store of its own."""
+
+    store: TrackingStore
+    run_id: str
+    trained: torch.nn.Module
+    model: RegisteredModel
+    artifact: Path
+
+
+def trained_network(seed: int) -> torch.nn.Module:
+    """A ternary LeNet-5 whose batch-norm statistics are not those it was made with."""
+    model = models.create_model(
+        "lenet5", "ternary", num_classes=10, in_channels=1, image_size=32, seed=seed
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 1, 32, 32, generator=generator) * 2 + 1)
+    return model.eval()
+
+
+def register_network(
+    store: TrackingStore, run_id: str, model: torch.nn.Module, reference: torch.nn.Module
+) -> RegisteredModel:
+    return register(
+        model,
+        NAME,
+        store=store,
+        run_id=run_id,
+        example_shape=(1, 32, 32),
+        reference=reference,
+        model_card="# A ternary LeNet-5",
+        preprocessing=PREPROCESSING,
+        tags={"top1": "97.5"},
+    )
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]:
+    runs = tmp_path_factory.mktemp("my runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        store = open_tracking(None, runs)
+        run_id = Tracker.start(store, NAME, "run", {}, {}).run_id
+        trained = trained_network(seed=0)
+        model = register_network(store, run_id, models.fold(trained), trained)
+        (artifact,) = (runs / "artifacts" / "models").glob("*/artifacts")
+        yield Registered(store, run_id, trained, model, artifact)
+        assert list(Path.cwd().iterdir()) == [], "MLflow wrote to the working directory"
+
+
+STRANGER = """
+import importlib.util, sys
+import mlflow.pytorch, numpy, torch
+assert importlib.util.find_spec("pipeline") is None
+assert importlib.util.find_spec("models") is None
+model = mlflow.pytorch.load_model("models:/digits_lenet5_ternary@candidate")
+with torch.inference_mode():
+    for count in (1, 2, 7):
+        images = torch.from_numpy(numpy.load("images.npy")[:count])
+        numpy.save(f"logits{count}.npy", model(images).numpy())
+"""
+
+
+def test_a_process_without_this_project_gets_the_trained_logits_for_batches_of_1_2_and_7(
+    registered: Registered, tmp_path: Path
+) -> None:
+    images = torch.randn(7, 1, 32, 32, generator=torch.Generator().manual_seed(5))
+    np.save(tmp_path / "images.npy", images.numpy())
+    stranger = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "MLFLOW_TRACKING_URI": registered.store.uri},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert stranger.returncode == 0, stranger.stderr
+    with torch.inference_mode():
+        expected = registered.trained(images).numpy()
+    for count in (1, 2, 7):
+        logits = np.load(tmp_path / f"logits{count}.npy")
+        np.testing.assert_allclose(logits, expected[:count], rtol=0, atol=1e-5)
+
+
+class NoGlobals(pickle.Unpickler):
+    """Reads plain containers and numbers only; a stream that names a type or function fails."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise AssertionError(f"the pickle names {module}.{name}")
+
+
+def leaves(content: bytes, name: str) -> Iterator[tuple[str, bytes]]:
+    """A file, or the members at any depth if it is an archive."""
+    if content[:2] != b"PK":
+        yield name, content
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for member in archive.namelist():
+            yield from leaves(archive.read(member), f"{name}/{member}")
+
+
+def test_nothing_in_the_artifact_is_a_pickle_that_names_a_type(registered: Registered) -> None:
+    files = {
+        name: content
+        for path in registered.artifact.rglob("*")
+        if path.is_file()
+        for name, content in leaves(path.read_bytes(), path.name)
+    }
+    (data,) = [name for name in files if name.endswith((".pkl", ".pth", ".pickle"))]
+    assert "/sample_inputs/" in data
+    assert NoGlobals(io.BytesIO(files[data])).load() == ((0,), {})
+    configs = [content for name, content in files.items() if name.endswith("_config.json")]
+    assert configs
+    assert not any(b'"use_pickle": true' in content.lower() for content in configs)
+
+
+def test_pickled_code_is_found_in_an_archive_within_an_archive(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return print, ("executed",)
+
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("weights", pickle.dumps({"weight": Payload()}))
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        archive.writestr("data/inner", inner.getvalue())
+    with pytest.raises(PipelineError, match=r"code in .*model\.pt2/data/inner/weights"):
+        refuse_pickled_code(tmp_path)
+    (tmp_path / "model.pt2").unlink()
+    (tmp_path / "plain").write_bytes(pickle.dumps({"weight": [1.0, 2.0]}))
+    refuse_pickled_code(tmp_path)
+
+
+def test_card_preprocessing_signature_and_tags_come_with_the_model(registered: Registered) -> None:
+    from mlflow.models import Model
+
+    assert (registered.artifact / "model_card.md").read_text() == "# A ternary LeNet-5"
+    stored = json.loads((registered.artifact / "preprocessing.json").read_text())
+    assert stored == PREPROCESSING
+    loaded = Model.load(str(registered.artifact))
+    assert loaded.metadata == PREPROCESSING
+    assert loaded.run_id == registered.run_id
+    assert loaded.signature is not None
+    assert [spec.shape for spec in loaded.signature.inputs] == [(-1, 1, 32, 32)]
+    assert [spec.shape for spec in loaded.signature.outputs] == [(-1, 10)]
+    version = registered.store.client.get_model_version_by_alias(NAME, "candidate")
+    assert version.tags["top1"] == "97.5"
+    assert version.run_id == registered.run_id
+    assert version.description == "# A ternary LeNet-5"
+
+
+def test_the_model_also_answers_through_the_interface_of_the_scoring_server(
+    registered: Registered,
+) -> None:
+    import mlflow.pyfunc
+
+    images = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(6))
+    logits = mlflow.pyfunc.load_model(str(registered.artifact)).predict(images.numpy())
+    with torch.inference_mode():
+        np.testing.assert_allclose(logits, registered.trained(images).numpy(), rtol=0, atol=1e-5)
+
+
+def test_the_result_says_where_the_model_is_and_how_large(registered: Registered) -> None:
+    archive = registered.artifact / "data" / "model.pt2"
+    assert registered.model == RegisteredModel(
+        NAME, 1, f"models:/{NAME}@candidate", archive.stat().st_size
+    )
+
+
+def test_a_model_with_other_logits_is_not_registered_and_the_alias_stays(
+    registered: Registered,
+) -> None:
+    other = trained_network(seed=1)
+    with pytest.raises(PipelineError, match="gives other logits than the trained network"):
+        register_network(
+            registered.store, registered.run_id, models.fold(other), registered.trained
+        )
+    client = registered.store.client
+    assert int(client.get_model_version_by_alias(NAME, "candidate").version) == 1
+    versions = client.search_model_versions(f"name = '{NAME}'")
+    assert [int(version.version) for version in versions] == [1]
+
+
+def test_registering_for_a_run_that_is_not_there_is_one_line(registered: Registered) -> None:
+    folded = models.fold(registered.trained)
+    with pytest.raises(PipelineError, match=f"cannot register {NAME} .*0123") as error:
+        register_network(registered.store, "0123", folded, registered.trained)
+    assert "\n" not in str(error.value)
