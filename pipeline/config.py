@@ -94,7 +94,6 @@ class Data(Section):
     backend: Literal["auto", "ffcv", "torch"] = Field(
         "auto", description="reader; auto: ffcv where it is installed"
     )
-    threads: PositiveInt = Field(1, description="loader threads per worker")
     synthetic: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="made-up images (train, test) in place of the data set"
     )

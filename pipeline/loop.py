@@ -54,10 +54,9 @@ def train(
         FloatingPointError: at a loss that is not finite, naming the epoch and step.
     """
     recipe = experiment.train
-    context.event("phase", text="compiling the data pipeline")
+    context.event("phase", text="opening the prepared data")
     train_loader, test_loader = _loaders(experiment, manifest, context)
-    # Convolutions are faster with the channels innermost, on the CPU as on tensor cores.
-    model = build_model(experiment).to(context.device, memory_format=torch.channels_last)
+    model = channels_last(build_model(experiment).to(context.device))
     optimizer = build_optimizer(model, recipe)
     newest = store.newest(lambda line: context.event("note", text=line))
     epoch = context.agree(-1 if newest is None else newest)
@@ -101,6 +100,18 @@ def train(
     )
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """Put the channels innermost, which convolutions prefer on the CPU as on tensor cores.
+
+    A kernel for which both layouts are the same (one input channel, or 1x1) keeps the plain
+    strides: its gradient has them, and DDP copies where the two differ.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and parameter.shape[1] > 1 and parameter.shape[2:].numel() > 1:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 def _loaders(
     experiment: Experiment, manifest: Manifest, context: TrainContext
 ) -> tuple[Loader, Loader]:
@@ -119,7 +130,6 @@ def _loaders(
             rank=context.rank,
             world_size=context.world_size,
             device=context.device,
-            threads=experiment.data.threads,
         )
 
     return loader("train", training=True), loader("test", training=False)

@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5  # of the logits, against the largest one (at least 1)
 LONGEST_DESCRIPTION = 5000  # characters, MLflow's limit
-# What a pickle needs to name an object or to call one; without these it is plain data.
-CODE_OPCODES = {
-    *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
-    *("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"),
-}
+PICKLE_START = b"\x80"  # of every pickle since protocol 2; torch writes no older ones
+# What a pickle needs to get hold of an object or to call one; without these it is plain data.
+CODE_OPCODES = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
+CODE_OPCODES |= {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"}
 
 
 @dataclass(frozen=True)
@@ -194,12 +193,14 @@ def _no_buffer_warning() -> warnings.catch_warnings[None]:
 
 
 def refuse_pickled_code(folder: Path) -> None:
-    """Raise PipelineError if a file below `folder` can run code when it is unpickled."""
+    """Raise PipelineError if a file below `folder` is a pickle that could run code."""
     for name, content in _members(folder):
+        if not content.startswith(PICKLE_START):
+            continue
         try:
             opcodes = {opcode.name for opcode, _, _ in pickletools.genops(content)}
-        except Exception:
-            continue  # not a pickle
+        except ValueError:
+            continue  # numbers that begin like a pickle
         if opcodes & CODE_OPCODES:
             raise PipelineError(f"the exported model holds pickled code in {name}")
 

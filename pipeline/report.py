@@ -155,7 +155,7 @@ The registered program is the folded network: plain convolutions with the quanti
 
 `images` is {preprocessing(dataset)["input"]}: pixels divided by 255, then normalized with mean
 {list(dataset.mean)} and standard deviation {list(dataset.std)} per channel. License of the data:
-{dataset.licence}.
+{dataset.license}.
 """
 
 

@@ -233,14 +233,12 @@ def _start_tracking(
 ) -> Tracker | None:
     if store is None:
         return None
-    from pipeline.provenance import environment_tags
     from pipeline.tracking import Tracker
 
     if folder.record["mlflow_run"] is not None:
         return Tracker.resume(store, folder.record["mlflow_run"])
     params = flatten(experiment.model_dump(mode="json"))
     tags = {
-        **environment_tags(),
         "identity": folder.record["identity"],
         "data.fingerprint": manifest.fingerprint,
         "run_folder": str(folder.path),

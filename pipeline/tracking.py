@@ -46,8 +46,13 @@ MLFLOW_ENVIRONMENT = {
 }
 SET_TRACKING = "set tracking.uri (or MLFLOW_TRACKING_URI)"
 OPEN_WAIT = 3.0  # seconds for a locked database to become free, for a server to answer
-LONGEST_PARAM = 6000  # characters, MLflow's limit; the same for all of its stores
-PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
+LONGEST_PARAM, PARAMS_PER_CALL, METRICS_PER_CALL = 6000, 100, 1000  # MLflow's limits
+CONNECTION_FAILURES = {  # in the text of an exception, for MLflow passes on no type
+    "Connection refused": "nothing listens there",
+    "Connection reset": "the connection broke",
+    "Failed to resolve": "there is no such host",
+    "timed out": "no answer in time",
+}
 EPOCH_METRIC = "epoch"  # written last in an epoch's batch: its steps are the epochs logged
 
 
@@ -79,9 +84,8 @@ def open_tracking(uri: str | None, runs: Path) -> TrackingStore:
         PipelineError: nothing or no MLflow server listens there, it asks for credentials, or
             the database is locked, not writable, of another program or of another MLflow.
     """
-    address = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not address:
-        address = f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+    default = f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+    address = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
     if re.match("sqlite:///.+", address) and ":memory:" not in address:
         return _open_database(Path(address.removeprefix("sqlite:///")).resolve())
     if re.match("https?://.+", address):
@@ -105,12 +109,9 @@ def _import_mlflow_client() -> type[MlflowClient]:
 def _reason(error: Exception) -> str:
     """One line on an exception whose text may be a page of SQL, HTML or nested failures."""
     text = str(error).strip()
-    if "Connection refused" in text:
-        return "nothing listens there"
-    if "Failed to resolve" in text:
-        return "there is no such host"
-    if "timed out" in text:
-        return "no answer in time"
+    for sign, reason in CONNECTION_FAILURES.items():
+        if sign in text:
+            return reason
     return text.split("\n", 1)[0][:200] or type(error).__name__
 
 
@@ -374,6 +375,7 @@ def _is_refusal(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def store_errors(doing: str) -> Iterator[None]:
+    """Turn what MLflow raises into a PipelineError that begins with `doing`."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -114,7 +114,9 @@ def test_a_training_step_is_plain_gradient_descent():
     expected.backward()
     assert torch.equal(loss, expected.detach())
     assert int(hits) == int((twin(images).argmax(1) == labels).sum())
-    assert torch.allclose(model.weight, twin.weight - 0.1 * twin.weight.grad)
+    gradient = twin.weight.grad
+    assert gradient is not None
+    assert torch.allclose(model.weight, twin.weight - 0.1 * gradient)
 
 
 def test_bfloat16_changes_the_arithmetic_and_keeps_float32_weights(manifest, tmp_path):

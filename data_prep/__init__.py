@@ -1,0 +1,47 @@
+"""Raw image data sets to verified files to deterministic batches.
+
+Importing this package is instant: each name loads its module at first use, so that listing data
+sets needs neither torch nor FFCV.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_prep.augment import Augmentation as Augmentation
+    from data_prep.convert import Plan as Plan
+    from data_prep.convert import plan as plan
+    from data_prep.convert import prepare as prepare
+    from data_prep.datasets import DATASETS as DATASETS
+    from data_prep.datasets import DataError as DataError
+    from data_prep.datasets import Dataset as Dataset
+    from data_prep.datasets import get_dataset as get_dataset
+    from data_prep.loaders import Loader as Loader
+    from data_prep.loaders import make_loader as make_loader
+    from data_prep.manifest import Manifest as Manifest
+    from data_prep.manifest import ffcv_available as ffcv_available
+
+_HOME = {
+    "Augmentation": "augment",
+    "DATASETS": "datasets",
+    "DataError": "datasets",
+    "Dataset": "datasets",
+    "Loader": "loaders",
+    "Manifest": "manifest",
+    "Plan": "convert",
+    "ffcv_available": "manifest",
+    "get_dataset": "datasets",
+    "make_loader": "loaders",
+    "plan": "convert",
+    "prepare": "convert",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'data_prep' has no attribute {name!r}")
+    return getattr(import_module(f"data_prep.{_HOME[name]}"), name)

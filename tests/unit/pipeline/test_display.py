@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from pipeline.display import Display, TrainingDisplay, duration
+
+
+def test_durations_read_well():
+    assert duration(0.4) == "0 s"
+    assert duration(99) == "99 s"
+    assert duration(187) == "3:07 min"
+    assert duration(2 * 3600 + 5 * 60) == "2:05 h"
+
+
+def epoch_event(epoch: int) -> dict:
+    metrics = {
+        "train_loss": 0.5,
+        "train_top1": 90.0,
+        "test_top1": 95.0,
+        "images_per_second": 1000.0,
+    }
+    return {"kind": "epoch", "epoch": epoch, "step": 10 * epoch, "steps": 1000, "metrics": metrics}
+
+
+def test_without_a_terminal_lines_come_at_intervals_with_eta(monkeypatch):
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("pipeline.display.time.monotonic", lambda: next(clock))
+    output = io.StringIO()
+    display = TrainingDisplay(Display(Console(file=output, width=120)), epochs=100)
+    for epoch in range(1, 11):
+        display(epoch_event(epoch))
+    lines = output.getvalue().splitlines()
+    assert 2 <= len(lines) <= 4, "a line in five seconds, not one an epoch"
+    assert "ETA" in lines[-1]
+    assert "epoch 10/100" in lines[-1] or "epoch 9/100" in lines[-1]
+    assert "test 95.00 %" in lines[-1]
+    assert "1,000 img/s" in lines[-1]
+
+
+def test_on_a_terminal_one_bar_is_redrawn_in_place():
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    with Display(console) as display:
+        training = TrainingDisplay(display, epochs=100)
+        for epoch in range(1, 101):
+            training(epoch_event(epoch))
+    shown = output.getvalue()
+    assert "epoch 100/100" in shown
+    assert shown.count("\n") < 20, "the bar stays on its line"
+
+
+def test_a_restart_is_said():
+    output = io.StringIO()
+    training = TrainingDisplay(Display(Console(file=output, width=200)), epochs=3)
+    training({"kind": "restart", "text": "a worker process was killed or crashed"})
+    training({"kind": "resumed", "epoch": 1, "history": []})
+    shown = output.getvalue()
+    assert "killed or crashed; restarting from the last checkpoint" in shown
+    assert "continuing after epoch 1 of 3" in shown
+
+
+def test_an_event_that_is_not_for_people_shows_nothing():
+    output = io.StringIO()
+    TrainingDisplay(Display(Console(file=output)), epochs=3)({"kind": "evaluation"})
+    assert output.getvalue() == ""

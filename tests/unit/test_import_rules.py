@@ -1,0 +1,206 @@
+"""Who may import whom: read from the source with `ast`, and seen in a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OUR_PACKAGES = {"run", "pipeline", "models", "data_prep", "tune", "infra"}
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for package in OUR_PACKAGES
+    for path in [*ROOT.glob(f"{package}.py"), *ROOT.glob(f"{package}/**/*.py")]
+)
+
+# Which of our modules a package may import; a name stands for everything below it.
+MAY_IMPORT = {
+    "run": {"pipeline.cli"},
+    "pipeline": {"pipeline", "models", "data_prep"},
+    "models": {"models"},
+    "data_prep": {"data_prep"},
+    "tune": {"tune", "pipeline"},
+    "infra": {"infra", "pipeline"},
+}
+# The command line starts a search or a job on demand.
+MAY_IMPORT_IN_FUNCTIONS = {"pipeline/cli.py": {"tune", "infra"}}
+# Which libraries a package may import; one that is not named here may import any.
+LIBRARIES = {
+    "run": set[str](),
+    "models": {"torch", "torchvision", "numpy"},
+    "data_prep": {"torch", "torchvision", "numpy", "ffcv", "numba", "sklearn"},
+}
+# The only files that may import a library.
+HOMES = {
+    "ray": ("pipeline/launch.py", "pipeline/context.py", "tune/*", "infra/*"),
+    "mlflow": ("pipeline/tracking.py", "pipeline/registry.py"),
+    "ffcv": ("data_prep/convert.py", "data_prep/loaders.py"),
+    "numba": ("data_prep/loaders.py",),  # FFCV's compiler
+    "sklearn": ("data_prep/sources.py",),
+}
+# Libraries that are imported inside functions, so that what does not need them works without.
+LAZY = {"ffcv", "numba", "sklearn"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of a module: `lazy` in a function, `checked` for type checkers only."""
+
+    module: str
+    line: int
+    lazy: bool
+    checked: bool
+
+
+class ImportReader(ast.NodeVisitor):
+    """Collects the imports of one file; relative ones are resolved against its package."""
+
+    def __init__(self, path: str) -> None:
+        self.package = Path(path).parent.parts
+        self.found: list[Import] = []
+        self.lazy = False
+        self.checked = False
+
+    def add(self, module: str, line: int) -> None:
+        self.found.append(Import(module, line, self.lazy, self.checked))
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for name in node.names:
+            self.add(name.name, node.lineno)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        above = self.package[: len(self.package) - node.level + 1] if node.level else ()
+        module = ".".join([*above, *([node.module] if node.module else [])])
+        for name in node.names:
+            self.add(f"{module}.{name.name}", node.lineno)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+        name = function.id if isinstance(function, ast.Name) else function
+        if name in ("import_module", "__import__") and node.args:
+            module = node.args[0]
+            if isinstance(module, ast.Constant) and isinstance(module.value, str):
+                self.add(module.value, node.lineno)
+        self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        outside, self.lazy = self.lazy, True
+        self.generic_visit(node)
+        self.lazy = outside
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_If(self, node: ast.If) -> None:
+        is_type_checking = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        outside, self.checked = self.checked, self.checked or is_type_checking
+        for statement in node.body:
+            self.visit(statement)
+        self.checked = outside
+        for statement in node.orelse:
+            self.visit(statement)
+
+
+def is_below(module: str, names: set[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def problems_of(path: str, imported: Import) -> Iterator[str]:
+    """Yield what is wrong with one import in the file at `path`."""
+    package = Path(path).parts[0].removesuffix(".py")
+    library = imported.module.split(".")[0]
+    if library in OUR_PACKAGES:
+        allowed = MAY_IMPORT[package]
+        if imported.lazy:
+            allowed = allowed | MAY_IMPORT_IN_FUNCTIONS.get(path, set())
+        if not is_below(imported.module, allowed):
+            yield f"{package} must not import {imported.module}"
+        if path.startswith("models/backbones/") and is_below(imported.module, {"models.methods"}):
+            yield "a backbone must not import methods"
+        return
+    if library in sys.stdlib_module_names:
+        return
+    if library not in LIBRARIES.get(package, {library}):
+        yield f"{package} must not import {library}"
+    if not any(fnmatch(path, home) for home in HOMES.get(library, ("*",))):
+        yield f"only {', '.join(HOMES[library])} may import {library}"
+    if library in LAZY and not (imported.lazy or imported.checked):
+        yield f"{library} must be imported inside a function"
+
+
+def problems(path: str, source: str) -> list[str]:
+    """What breaks the rules in `source`, as lines `path:line: what`."""
+    reader = ImportReader(path)
+    reader.visit(ast.parse(source))
+    return [
+        f"{path}:{imported.line}: {problem}"
+        for imported in reader.found
+        for problem in problems_of(path, imported)
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_source_keeps_the_import_rules(path: str) -> None:
+    assert problems(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("models/layers.py", "import pipeline.config", "models must not import pipeline.config"),
+        ("models/layers.py", "from data_prep import datasets", "models must not import data_prep"),
+        ("models/layers.py", "def f():\n    import pandas", "models must not import pandas"),
+        ("models/backbones/vgg.py", "from ..methods import ternary", "must not import methods"),
+        ("models/backbones/vgg.py", "import models.methods", "must not import methods"),
+        ("data_prep/convert.py", "from pipeline import run", "data_prep must not import pipeline"),
+        ("data_prep/convert.py", "import ray", "data_prep must not import ray"),
+        ("data_prep/convert.py", "import ffcv.writer", "ffcv must be imported inside a function"),
+        ("data_prep/convert.py", "class A:\n    import ffcv", "ffcv must be imported inside"),
+        ("data_prep/augment.py", "def f():\n    import ffcv", "may import ffcv"),
+        ("data_prep/loaders.py", "def f():\n    import sklearn", "may import sklearn"),
+        ("pipeline/loop.py", "from ray import train", "may import ray"),
+        ("pipeline/loop.py", "def f():\n    import mlflow.pytorch", "may import mlflow"),
+        ("pipeline/loop.py", "import_module('mlflow')", "may import mlflow"),
+        ("pipeline/loop.py", "importlib.import_module('ray.train')", "may import ray"),
+        ("pipeline/cli.py", "import tune", "pipeline must not import tune"),
+        ("pipeline/loop.py", "def f():\n    import tune", "pipeline must not import tune"),
+        ("tune/search.py", "import models", "tune must not import models"),
+        ("run.py", "import pipeline.launch", "run must not import pipeline.launch"),
+        ("run.py", "import torch", "run must not import torch"),
+    ],
+)
+def test_offending_import_is_found(path: str, source: str, expected: str) -> None:
+    assert expected in "\n".join(problems(path, source))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("run.py", "import sys\nfrom pipeline.cli import main"),
+        ("models/layers.py", "import math\nimport torch.nn as nn\nfrom . import quantizers"),
+        ("models/methods/step.py", "from models.backbones import resnet"),
+        ("data_prep/convert.py", "def f():\n    from ffcv.writer import DatasetWriter"),
+        ("data_prep/loaders.py", "if TYPE_CHECKING:\n    from ffcv.loader import Loader"),
+        ("pipeline/cli.py", "def search():\n    from tune import search"),
+        ("pipeline/launch.py", "import ray"),
+        ("tune/search.py", "from ray import tune"),
+    ],
+)
+def test_rightful_import_is_let_through(path: str, source: str) -> None:
+    assert problems(path, source) == []
+
+
+def test_command_line_starts_without_the_heavy_libraries() -> None:
+    """`--help` and `--list` answer at once, and work where Ray, FFCV and MLflow are missing."""
+    heavy = {"torch", "torchvision", "ray", "mlflow", "ffcv", "numba", "sklearn", "matplotlib"}
+    program = "import sys, models, data_prep, pipeline, pipeline.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert heavy.intersection(loaded) == set()
