@@ -99,18 +99,16 @@ def main(arguments: Sequence[str]) -> int:
         run = getattr(interrupt, "run", None)
         message = "interrupted"
         if run is not None:
-            words = [word for word in _quoted(arguments) if word != "--resume" and word != run]
+            words = [
+                word
+                for word in _quoted(arguments)
+                if not word.startswith("--resume") and word != run
+            ]
             message += f"; continue with: python run.py {' '.join(words)} --resume {run}"
         print(message, file=sys.stderr)
         return 128 + (received[0] if received else signal.SIGINT)
     except BrokenPipeError:
         return 1
-
-
-def _quoted(arguments: Sequence[str]) -> list[str]:
-    import shlex
-
-    return [shlex.quote(argument) for argument in arguments]
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

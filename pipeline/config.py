@@ -264,6 +264,8 @@ def override(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
         branch = tree
         for group in groups:
             branch = branch[group]
+        if not groups and key != "seed" and branch[leaf] != value:
+            tree["reference"] = None  # another network: neither its recipe nor its figure holds
         branch[leaf] = value
     return build_experiment(tree)
 

@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-#: An event is plain data with a ``kind``: ``phase``, ``step``, ``epoch``, ``evaluation``, ``note``.
-Event = dict[str, Any]
+    from pipeline.board import Event
 
 
 class TrainContext:

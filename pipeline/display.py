@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-#: Without a terminal, seconds between two lines of a long stage.
+#: Without a terminal, a line at most so often (in seconds), and so many for a whole stage.
 LINE_INTERVAL = 5.0
+LINES = 12
 
 
 def duration(seconds: float) -> str:
@@ -36,8 +37,8 @@ class Display:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._stage = ""
-        self._started = time.monotonic()
-        self._last_line = 0.0
+        self._started = self._last_line = time.monotonic()
+        self._first_done = 0
 
     def __enter__(self) -> Display:
         return self
@@ -74,13 +75,14 @@ class Display:
             self.close_bar()
             self._stage, self._started, self._last_line = stage, now, now
             self._first_done = done
-        left = ""
+        left, interval = "", LINE_INTERVAL
         if done > self._first_done:
             rate = (now - self._started) / (done - self._first_done)
             left = f"ETA {duration(rate * (total - done))}"
+            interval = max(LINE_INTERVAL, rate * total / LINES)
         if self.console.is_terminal:
             self._move_bar(stage, done, total, f"{text}  {left}")
-        elif now - self._last_line >= LINE_INTERVAL and done < total:
+        elif now - self._last_line >= interval and done < total:
             self._last_line = now
             self.console.print(f"{stage:<9}{done / total:4.0%}  {text}  {left}".rstrip())
 

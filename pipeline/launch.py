@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import DataError
 from models.calls import ModelError
+from pipeline.board import Event, EventBoard
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, PipelineError
-from pipeline.context import Event, RayTrainContext, TrainContext
+from pipeline.context import RayTrainContext, TrainContext
 from pipeline.loop import train
 
 if TYPE_CHECKING:
@@ -81,12 +81,25 @@ def worker_count(experiment: Experiment) -> int:
 
 
 def check_scaling(experiment: Experiment) -> None:
-    """Refuse a global batch that the workers cannot share evenly."""
-    workers = worker_count(experiment)
-    if experiment.train.batch_size % workers:
+    """Refuse workers that this machine does not have, or that cannot share the global batch."""
+    import torch
+
+    workers, batch = worker_count(experiment), experiment.train.batch_size
+    gpus = torch.cuda.device_count()
+    if gpus and workers > gpus and "RAY_ADDRESS" not in os.environ:
         raise PipelineError(
-            f"train.batch_size={experiment.train.batch_size} cannot be shared by "
-            f"{workers} workers; take a multiple of {workers}"
+            f"scaling.workers={workers} is more than the {gpus} GPUs of this machine; "
+            "set RAY_ADDRESS to train on a cluster"
+        )
+    if batch % workers:
+        raise PipelineError(
+            f"train.batch_size={batch} cannot be shared by {workers} workers; "
+            f"take a multiple of {workers}"
+        )
+    if batch // workers < 2:
+        raise PipelineError(
+            f"train.batch_size={batch} leaves {workers} workers one image each, too few for "
+            f"batch norm; take at least {2 * workers}"
         )
 
 
@@ -106,29 +119,6 @@ def _store(experiment: Experiment, manifest: Manifest, folder: Path) -> Checkpoi
         experiment.identity(manifest.fingerprint),
         experiment.tracking.keep_checkpoints,
     )
-
-
-class EventBoard:
-    """Ray actor that carries the workers' events to the driver, in order."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._posted = asyncio.Event()
-
-    async def post(self, event: Event) -> None:
-        self._events.append(event)
-        self._posted.set()
-
-    async def take(self, patience: float) -> list[Event]:
-        """The events since the last call, waiting up to ``patience`` seconds for one.
-
-        A busy poll would take cycles from the training that it watches.
-        """
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._posted.wait(), patience)
-        self._posted.clear()
-        events, self._events = self._events, []
-        return events
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -159,6 +159,24 @@ The registered program is the folded network: plain convolutions with the quanti
 """
 
 
+def record(result: Result) -> dict[str, object]:
+    """The figures of a run as plain data, kept in its folder; tables of results are made of it."""
+    return {
+        "experiment": result.experiment.name,
+        "method": result.experiment.method,
+        "epochs": result.experiment.train.epochs,
+        "top1": round(result.evaluation.top1, 3),
+        "test_images": result.evaluation.images,
+        "parameters": result.profile.parameters,
+        "stored_bytes": result.profile.stored_bytes,
+        "float32_bytes": result.profile.float32_bytes,
+        "macs": result.profile.macs,
+        "seconds": round(result.seconds, 1),
+        "images_per_second": round(result.history[-1]["images_per_second"]),
+        "hardware": result.hardware,
+    }
+
+
 def summary(result: Result) -> Table:
     """The table at the end of a run."""
     experiment, profile = result.experiment, result.profile

@@ -23,7 +23,7 @@ from pipeline.loop import build_model
 if TYPE_CHECKING:
     from data_prep import Manifest
     from models.profiler import Profile
-    from pipeline.context import Event
+    from pipeline.board import Event
     from pipeline.registry import RegisteredModel
     from pipeline.runfolder import RunFolder
     from pipeline.tracking import Tracker
@@ -39,6 +39,7 @@ class Result:
         evaluation: of the last epoch's weights on the test split.
         profile: parameters, MACs and stored bytes of the network.
         seconds: wall time of this process's part of the run.
+        hardware: workers and devices that trained it.
         tracking_uri: MLflow store; None when tracking is off.
         run_id: MLflow run; None when tracking is off.
         model: registered version; None when nothing was registered.
@@ -50,6 +51,7 @@ class Result:
     evaluation: Evaluation
     profile: Profile
     seconds: float
+    hardware: str
     tracking_uri: str | None = None
     run_id: str | None = None
     model: RegisteredModel | None = None
@@ -152,7 +154,13 @@ def _run_in(
         model.eval()
         profile = models.profile(model, data_prep.get_dataset(experiment.dataset).image_size)
         result = Result(
-            experiment, folder.path, history, evaluation, profile, time.monotonic() - started
+            experiment,
+            folder.path,
+            history,
+            evaluation,
+            profile,
+            seconds=time.monotonic() - started,
+            hardware=launch.device_description(launch.worker_count(experiment)),
         )
         if tracker is not None:
             result = _publish(result, model, manifest, tracker, display, started)
@@ -162,7 +170,7 @@ def _run_in(
         raise
     if tracker is not None:
         tracker.finish("FINISHED")
-    folder.update(status="finished", metrics=history[-1])
+    folder.update(status="finished", result=report.record(result))
     return result
 
 

@@ -31,8 +31,8 @@ class CommandLine:
             [
                 sys.executable,
                 str(REPOSITORY / "run.py"),
-                *arguments,
                 f"data.prepared={self._prepared}",
+                *arguments,
             ],
             cwd=self.folder,
             env=inherited | environment,

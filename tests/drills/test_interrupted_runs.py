@@ -57,14 +57,22 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(command_line, undisturbed)
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_stopped_says_how_to_resume_and_does(command_line, undisturbed, number, code):
     settings = (*SETTINGS, "tracking.register_model=false")
     process = command_line.start("--experiment", NAME, *settings)
     in_the_middle_of_epoch_two(command_line)
-    # As a terminal does it: the signal reaches the whole group.
-    os.killpg(process.pid, number) if number != signal.SIGKILL else process.kill()
+    if number == signal.SIGINT:
+        # As a terminal does it: the signal reaches the whole group, Ray's processes too.
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code, output
     name = command_line.run_folder(NAME).name

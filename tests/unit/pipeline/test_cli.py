@@ -49,21 +49,20 @@ def error_of(capsys, *arguments: str) -> str:
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--list", "cifar*"], ["cifar*"]),
         (["--experiment", "digits_lenet5", "scaling.workers=3", "--dry-run"], ["multiple of 3"]),
-        (["--experiment", "digits_lenet5", "train.epochs=3", "--resume"], ["no unfinished run"]),
+        (["--experiment", "digits_lenet5", "train.batch_size=2", "--dry-run"], ["batch norm", "4"]),
     ],
 )
 def test_bad_input_is_one_line_with_the_nearest_right_thing(capsys, arguments, parts):
-    if "--resume" in arguments:
-        # Preparing comes first, so keep it small and elsewhere.
-        prepared = Path.cwd().parent / "prepared"
-        arguments = [*arguments, "data.synthetic=[64,8]", f"data.prepared={prepared}"]
-        arguments += ["tracking.enabled=false"]
-        assert main(arguments) == 2
-        assert parts[0] in capsys.readouterr().err
-        return
     line = error_of(capsys, *arguments)
     for part in parts:
         assert part in line
+
+
+def test_resume_without_a_run_to_resume_is_one_line(capsys):
+    settings = ["data.synthetic=[64,8]", "data.backend=torch", "tracking.enabled=false"]
+    assert main(["--experiment", "digits_lenet5", *settings, "--resume"]) == 2
+    assert "no unfinished run of digits_lenet5" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_list_shows_every_curated_experiment(capsys):

@@ -181,3 +181,10 @@ def test_every_curated_name_says_its_parts():
     for name, experiment in catalog().items():
         assert name.startswith(f"{experiment.dataset}_{experiment.backbone}")
         assert experiment.tuned
+
+
+def test_a_published_figure_does_not_stay_beside_another_network():
+    assert load_experiment("mnist_lenet5", ["train.epochs=1", "seed=3"]).tuned
+    for word in ("method=ternary", "dataset=digits", "backbone=lenet5(width=2)"):
+        assert not load_experiment("mnist_lenet5", [word]).tuned
+    assert load_experiment("mnist_lenet5", ["method=float"]).tuned, "nothing was changed"

@@ -1,0 +1,118 @@
+"""The README is run, not believed: its commands, its Python, and the files it tells one to add."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.write_results import RECORDS, collect, table, with_table
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
+BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
+COMMANDS = [
+    (block["mark"], line)
+    for block in BLOCKS
+    if block["kind"] == "bash"
+    for line in block["text"].splitlines()
+]
+#: A command with one of these is quick as it stands; another one gets --smoke added.
+QUICK = ("--list", "--describe", "--dry-run", "--smoke")
+
+
+def run_command(command: str, root: Path, folder: Path) -> str:
+    words = shlex.split(command)
+    assert words[:2] == ["python", "run.py"]
+    words = [sys.executable, str(root / "run.py"), *words[2:]]
+    if not any(option in words for option in QUICK):
+        words.append("--smoke")
+    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    answer = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [line for mark, line in COMMANDS if mark is None and line.startswith("python")]
+)
+def test_every_command_works(command, tmp_path):
+    assert run_command(command, REPOSITORY, tmp_path)
+
+
+def test_every_make_target_exists():
+    targets = [line.removeprefix("make ") for _, line in COMMANDS if line.startswith("make")]
+    assert {"demo", "test", "ui"} <= set(targets)
+    listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    for target in targets:
+        assert f"make {target} " in listed
+
+
+def test_the_files_it_tells_to_add_are_all_that_a_method_and_a_backbone_need(tmp_path):
+    house = tmp_path / "house"
+    ignored = shutil.ignore_patterns(".*", "runs", "prepared", "data", "tests", "__pycache__")
+    shutil.copytree(REPOSITORY, house, ignore=ignored)
+    for block in BLOCKS:
+        if block["mark"] and block["mark"].startswith("file: "):
+            (house / block["mark"].removeprefix("file: ")).write_text(block["text"])
+    commands = [line for mark, line in COMMANDS if mark == "with the files above"]
+    assert len(commands) == 2
+    outputs = [run_command(command, house, tmp_path) for command in commands]
+    # The sign method stores a bit per weight: 16 x 9 + 32 x 16 x 9 + 10 x 32 weights, 3 layers.
+    assert "sign" in outputs[0]
+    assert "models:/digits_tiny_sign@candidate" in outputs[1]
+
+
+def test_its_python_runs(tmp_path):
+    """One after the other: train through the Python interface, then load what is registered."""
+    use, train = (
+        block["text"] for block in BLOCKS if block["kind"] == "python" and block["mark"] is None
+    )
+    train = train.replace('"train.epochs=1"', '"train.epochs=1", "scaling.launcher=local"')
+    answer = subprocess.run(
+        [sys.executable, "-c", train + use + "\nassert logits.shape == (7, 10)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_its_table_is_made_of_the_records():
+    records = json.loads(RECORDS.read_text())
+    assert with_table(README, records) == README
+    assert {"digits_lenet5", "digits_lenet5_ternary", "mnist_lenet5_ternary"} <= set(records)
+
+
+def test_the_table_takes_the_newest_finished_run(tmp_path):
+    def write(stamp: str, status: str, top1: float) -> None:
+        result = {**json.loads(RECORDS.read_text())["digits_lenet5"], "top1": top1}
+        folder = tmp_path / "digits_lenet5" / stamp
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"status": status, "result": result}))
+
+    write("20260101-000000-a", "finished", 11.0)
+    write("20260102-000000-a", "finished", 22.0)
+    write("20260103-000000-a", "started", 33.0)
+    assert "22.00" in table(collect(tmp_path))
+    assert "11.00" not in table(collect(tmp_path))
+
+
+def test_every_file_of_the_house_is_in_its_tree():
+    tree = README.split("## The house")[1].split("```")[1]
+    for package in ("pipeline", "models", "data_prep"):
+        for path in (REPOSITORY / package).glob("*.py"):
+            if not path.name.startswith("__"):
+                assert path.name in tree, f"{package}/{path.name} is not in the README's tree"
