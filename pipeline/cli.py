@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -99,12 +100,8 @@ def main(arguments: Sequence[str]) -> int:
         run = getattr(interrupt, "run", None)
         message = "interrupted"
         if run is not None:
-            words = [
-                word
-                for word in _quoted(arguments)
-                if not word.startswith("--resume") and word != run
-            ]
-            message += f"; continue with: python run.py {' '.join(words)} --resume {run}"
+            words = [word for word in arguments if word != run and not word.startswith("--resume")]
+            message += f"; continue with: python run.py {shlex.join(words)} --resume {run}"
         print(message, file=sys.stderr)
         return 128 + (received[0] if received else signal.SIGINT)
     except BrokenPipeError:
