@@ -264,7 +264,7 @@ def _print_layers(console: Console, experiment: Experiment) -> None:
     console.print(table)
     console.print(
         f"stored {profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32: "
-        f"{profile.float32_bytes / profile.stored_bytes:.1f}x smaller"
+        f"{profile.ratio:.1f}x smaller"
     )
 
 

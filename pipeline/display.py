@@ -81,10 +81,10 @@ class Display:
             left = f"ETA {duration(rate * (total - done))}"
             interval = max(LINE_INTERVAL, rate * total / LINES)
         if self.console.is_terminal:
-            self._move_bar(stage, done, total, f"{text}  {left}")
+            self._move_bar(stage, done, total, f"{left:<14}{text}")
         elif now - self._last_line >= interval and done < total:
             self._last_line = now
-            self.console.print(f"{stage:<9}{done / total:4.0%}  {text}  {left}".rstrip())
+            self.console.print(f"{stage:<9}{done / total:4.0%}  {left:<14}{text}".rstrip())
 
     def close_bar(self) -> None:
         if self._bar is not None:
@@ -95,7 +95,7 @@ class Display:
         if self._bar is None:
             self._bar = Progress(
                 TextColumn("[bold]{task.description:<8}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=12),
                 TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}"),
                 console=self.console,
                 transient=True,
@@ -144,9 +144,9 @@ class TrainingDisplay:
     def _show(self, epoch: int, done: int, total: int, figures: dict[str, Any]) -> None:
         text = (
             f"epoch {epoch + 1}/{self.epochs}  loss {figures['train_loss']:.3f}  "
-            f"train {figures['train_top1']:.1f} %"
+            f"train {figures['train_top1']:.1f}%"
         )
         if self._test_top1 is not None:
-            text += f"  test {self._test_top1:.2f} %"
+            text += f"  test {self._test_top1:.2f}%"
         text += f"  {figures['images_per_second']:,.0f} img/s"
         self.display.progress("train", done, total, text)

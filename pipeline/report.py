@@ -191,11 +191,10 @@ def summary(result: Result) -> Table:
         accuracy += f" (published {reference.top1:.2f} %: {reference.what}; {reference.source})"
     table.add_row("top-1", accuracy)
     table.add_row("parameters", f"{profile.parameters:,}")
-    table.add_row(
-        "stored",
-        f"{profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32 "
-        f"({profile.float32_bytes / profile.stored_bytes:.1f}x smaller)",
-    )
+    stored = f"{profile.stored_bytes:,} bytes"
+    if profile.stored_bytes < profile.float32_bytes:
+        stored += f" against {profile.float32_bytes:,} as float32 ({profile.ratio:.1f}x smaller)"
+    table.add_row("stored", stored)
     table.add_row("MACs", f"{profile.macs:,} per image")
     rate = result.history[-1]["images_per_second"]
     table.add_row("time", f"{duration(result.seconds)}, training at {rate:,.0f} img/s")

@@ -199,13 +199,11 @@ def _train(
             confusion = torch.tensor(event["confusion"])
             evaluations.append(Evaluation(confusion, event["top5_hits"], event["loss"]))
 
-    workers = launch.worker_count(experiment)
-    display.stage(
-        "train",
-        f"{experiment.train.epochs} epochs on {launch.device_description(workers)}"
-        + (", Ray Train" if experiment.scaling.launcher == "ray" else ", in this process")
-        + f"; run {folder.path}",
-    )
+    epochs = experiment.train.epochs
+    where = launch.device_description(launch.worker_count(experiment))
+    how = "Ray Train" if experiment.scaling.launcher == "ray" else "in this process"
+    plural = "s" if epochs > 1 else ""
+    display.stage("train", f"{epochs} epoch{plural} on {where}, {how}; run {folder.path}")
     started = time.monotonic()
     if experiment.scaling.launcher == "ray":
         launch.train_on_ray(experiment, manifest, folder.path, tell)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.server
 import sqlite3
 import threading
-from pathlib import Path
 
 import pytest
+
+import data_prep
 
 NAME = "digits_lenet5"
 SMALL = ("data.synthetic=[64,16]", "train.epochs=1", "train.batch_size=8",
@@ -34,7 +35,9 @@ def test_a_folder_that_cannot_be_written_is_named(command_line):
 
 
 def test_a_database_in_use_is_named(command_line):
-    command_line.run("--experiment", NAME, *SMALL, "tracking.runs=shared")
+    command_line.run(
+        "--experiment", NAME, *SMALL, "tracking.runs=shared", "tracking.register_model=false"
+    )
     database = command_line.folder / "shared" / "mlflow.db"
     with sqlite3.connect(database) as holder:
         holder.execute("BEGIN EXCLUSIVE")
@@ -55,7 +58,7 @@ def test_a_port_in_use_by_another_program_is_named(command_line):
 
 def test_a_server_that_is_not_there_is_named(command_line):
     line = error_of(command_line, *SMALL, "tracking.uri=http://127.0.0.1:9")
-    assert "nothing listening" in line
+    assert "nothing listens there" in line
 
 
 def test_missing_data_without_network_says_where_to_put_it(command_line):
@@ -74,15 +77,14 @@ def test_missing_data_without_network_says_where_to_put_it(command_line):
 
 @pytest.mark.parametrize("damage", ["cut", "manifest"])
 def test_prepared_files_that_do_not_hold_are_refused(command_line, damage, tmp_path):
-    mine = f"data.prepared={tmp_path / 'mine'}"
-    command_line.run("--experiment", NAME, *SMALL, "tracking.runs=first", mine)
-    (folder,) = [path for path in Path(tmp_path, "mine").iterdir() if path.is_dir()]
+    folder = data_prep.prepare("digits", prepared=tmp_path, synthetic=(64, 16)).folder
     beton = folder / "train.beton"
     if damage == "cut":
         beton.write_bytes(beton.read_bytes()[: beton.stat().st_size // 2])
     else:
         manifest = folder / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"train": 64', '"train": 65'))
+    mine = f"data.prepared={tmp_path}"
     line = error_of(command_line, *SMALL, "tracking.enabled=false", mine)
     assert str(folder) in line
     assert "delete the folder" in line
