@@ -24,6 +24,10 @@ from torch import nn
 _MANIFEST = "manifest.json"
 
 
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message is one line that names it."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a training is: complete epochs, optimizer steps, and the metrics of each epoch."""
@@ -90,11 +94,17 @@ class CheckpointStore:
         _lay_out_like_parameters(optimizer)
         return Progress(state["epoch"], state["step"], state["history"])
 
-    def load_model(self, epoch: int, model: nn.Module) -> list[dict[str, float]]:
-        """Restore the model alone; returns the metrics of each epoch so far."""
+    def load_model(self, epoch: int, model: nn.Module) -> None:
+        """Restore the model alone from the checkpoint after ``epoch`` epochs.
+
+        Raises:
+            CheckpointError: when the checkpoint does not match its manifest.
+        """
         path = self._path(epoch)
+        problem = self._problem(path)
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
         model.load_state_dict(load_file(path / "model.safetensors"))
-        return json.loads((path / "state.json").read_text())["history"]
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}"

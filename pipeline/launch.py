@@ -108,12 +108,15 @@ def train_locally(
 ) -> None:
     """Train in this process, on one device, without Ray."""
     try:
-        train(experiment, manifest, _store(experiment, manifest, folder), TrainContext(tell))
+        train(
+            experiment, manifest, checkpoint_store(experiment, manifest, folder), TrainContext(tell)
+        )
     except FloatingPointError as error:
         raise TrainingError(str(error)) from None
 
 
-def _store(experiment: Experiment, manifest: Manifest, folder: Path) -> CheckpointStore:
+def checkpoint_store(experiment: Experiment, manifest: Manifest, folder: Path) -> CheckpointStore:
+    """The checkpoints of the run in this folder."""
     return CheckpointStore(
         folder / "checkpoints",
         experiment.identity(manifest.fingerprint),
@@ -126,7 +129,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     context = RayTrainContext(config["board"])
     experiment, manifest = config["experiment"], config["manifest"]
     try:
-        train(experiment, manifest, _store(experiment, manifest, config["folder"]), context)
+        train(
+            experiment, manifest, checkpoint_store(experiment, manifest, config["folder"]), context
+        )
     except _FINAL_ERRORS as error:
         config["board"].post.remote({"kind": "failed", "text": str(error)})
         raise

@@ -13,7 +13,7 @@ from torch import nn
 import data_prep
 import models
 from pipeline import launch, report, runfolder
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoint import CheckpointError
 from pipeline.config import Experiment, PipelineError, flatten
 from pipeline.display import Display, TrainingDisplay, duration
 from pipeline.evaluate import Evaluation
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.board import Event
     from pipeline.registry import RegisteredModel
     from pipeline.runfolder import RunFolder
-    from pipeline.tracking import Tracker
+    from pipeline.tracking import Tracker, TrackingStore
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Result:
         history: metrics of each epoch.
         evaluation: of the last epoch's weights on the test split.
         profile: parameters, MACs and stored bytes of the network.
-        seconds: wall time of this process's part of the run.
         hardware: workers and devices that trained it.
+        seconds: wall time of this process's part of the run, without the preparation.
         tracking_uri: MLflow store; None when tracking is off.
         run_id: MLflow run; None when tracking is off.
         model: registered version; None when nothing was registered.
@@ -50,8 +50,8 @@ class Result:
     history: list[dict[str, float]]
     evaluation: Evaluation
     profile: Profile
-    seconds: float
     hardware: str
+    seconds: float
     tracking_uri: str | None = None
     run_id: str | None = None
     model: RegisteredModel | None = None
@@ -70,7 +70,6 @@ def run(
     Raises:
         PipelineError: one line that says what the user can mend.
     """
-    started = time.monotonic()
     check_parts(experiment)
     launch.check_scaling(experiment)
     with display or Display() as shown:
@@ -82,12 +81,11 @@ def run(
         else:
             folder = runfolder.create(experiment, identity)
         try:
-            result = _run_in(folder, experiment, manifest, store, shown, started)
+            return _Run(experiment, shown, manifest, folder, store).go()
         except KeyboardInterrupt:
             raise Interrupted(folder.name) from None
         finally:
             folder.release()
-    return result
 
 
 class Interrupted(KeyboardInterrupt):
@@ -138,95 +136,7 @@ def _prepare(experiment: Experiment, display: Display) -> Manifest:
     return manifest
 
 
-def _run_in(
-    folder: RunFolder,
-    experiment: Experiment,
-    manifest: Manifest,
-    store: Any,
-    display: Display,
-    started: float,
-) -> Result:
-    tracker = _start_tracking(store, folder, experiment, manifest)
-    try:
-        history, evaluation = _train(folder, experiment, manifest, tracker, display)
-        model = build_model(experiment)
-        _checkpoints(folder, experiment, manifest).load_model(experiment.train.epochs, model)
-        model.eval()
-        profile = models.profile(model, data_prep.get_dataset(experiment.dataset).image_size)
-        result = Result(
-            experiment,
-            folder.path,
-            history,
-            evaluation,
-            profile,
-            seconds=time.monotonic() - started,
-            hardware=launch.device_description(launch.worker_count(experiment)),
-        )
-        if tracker is not None:
-            result = _publish(result, model, manifest, tracker, display, started)
-    except BaseException as error:
-        if tracker is not None:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    if tracker is not None:
-        tracker.finish("FINISHED")
-    folder.update(status="finished", result=report.record(result))
-    return result
-
-
-def _train(
-    folder: RunFolder,
-    experiment: Experiment,
-    manifest: Manifest,
-    tracker: Tracker | None,
-    display: Display,
-) -> tuple[list[dict[str, float]], Evaluation]:
-    """Train to the last epoch; events feed the display and the tracker as they come."""
-    shown = TrainingDisplay(display, experiment.train.epochs)
-    history: list[dict[str, float]] = []
-    evaluations: list[Evaluation] = []
-
-    def tell(event: Event) -> None:
-        shown(event)
-        if event["kind"] == "resumed":
-            history[:] = event["history"]
-            for epoch, metrics in enumerate(history, start=1):
-                _log_epoch(tracker, epoch, metrics)
-        elif event["kind"] == "epoch":
-            history[event["epoch"] - 1 :] = [event["metrics"]]
-            _log_epoch(tracker, event["epoch"], event["metrics"])
-        elif event["kind"] == "evaluation":
-            confusion = torch.tensor(event["confusion"])
-            evaluations.append(Evaluation(confusion, event["top5_hits"], event["loss"]))
-
-    epochs = experiment.train.epochs
-    where = launch.device_description(launch.worker_count(experiment))
-    how = "Ray Train" if experiment.scaling.launcher == "ray" else "in this process"
-    plural = "s" if epochs > 1 else ""
-    display.stage("train", f"{epochs} epoch{plural} on {where}, {how}; run {folder.path}")
-    started = time.monotonic()
-    if experiment.scaling.launcher == "ray":
-        launch.train_on_ray(experiment, manifest, folder.path, tell)
-    else:
-        launch.train_locally(experiment, manifest, folder.path, tell)
-    display.stage(
-        "train",
-        f"done in {duration(time.monotonic() - started)}: "
-        f"test top-1 {evaluations[-1].top1:.2f} % of {evaluations[-1].images:,} images",
-    )
-    return history, evaluations[-1]
-
-
-def _log_epoch(tracker: Tracker | None, epoch: int, metrics: dict[str, float]) -> None:
-    if tracker is not None:
-        tracker.log_epoch(epoch, metrics)
-
-
-def _checkpoints(folder: RunFolder, experiment: Experiment, manifest: Manifest) -> CheckpointStore:
-    return CheckpointStore(folder.path / "checkpoints", experiment.identity(manifest.fingerprint))
-
-
-def _open_tracking(experiment: Experiment) -> Any:
+def _open_tracking(experiment: Experiment) -> TrackingStore | None:
     if not experiment.tracking.enabled:
         return None
     from pipeline.tracking import open_tracking
@@ -234,89 +144,163 @@ def _open_tracking(experiment: Experiment) -> Any:
     return open_tracking(experiment.tracking.uri, experiment.tracking.runs.absolute())
 
 
-def _start_tracking(
-    store: Any, folder: RunFolder, experiment: Experiment, manifest: Manifest
-) -> Tracker | None:
-    if store is None:
-        return None
-    from pipeline.tracking import Tracker
+class _Run:
+    """The stages after preparation, which share the run's folder and its MLflow run."""
 
-    if folder.record["mlflow_run"] is not None:
-        return Tracker.resume(store, folder.record["mlflow_run"])
-    params = flatten(experiment.model_dump(mode="json"))
-    tags = {
-        "identity": folder.record["identity"],
-        "data.fingerprint": manifest.fingerprint,
-        "run_folder": str(folder.path),
-        "tuned": str(experiment.tuned).lower(),
-    }
-    tracker = Tracker.start(store, experiment.name, folder.name, params, tags)
-    folder.update(mlflow_run=tracker.run_id)
-    tracker.log_text("experiment.yaml", experiment.to_yaml())
-    return tracker
+    def __init__(
+        self,
+        experiment: Experiment,
+        display: Display,
+        manifest: Manifest,
+        folder: RunFolder,
+        store: TrackingStore | None,
+    ) -> None:
+        self.experiment = experiment
+        self.display = display
+        self.manifest = manifest
+        self.folder = folder
+        self.started = time.monotonic()
+        self.history: list[dict[str, float]] = []
+        self.evaluation: Evaluation | None = None
+        self.tracker = self._start_tracking(store) if store is not None else None
 
+    def go(self) -> Result:
+        """Train, then log and register; the MLflow run ends in the state that the run ends in."""
+        try:
+            result = self._finish(self._train())
+        except BaseException as error:
+            if self.tracker is not None:
+                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        if self.tracker is not None:
+            self.tracker.finish("FINISHED")
+        self.folder.update(status="finished", result=report.record(result))
+        return result
 
-def _publish(
-    result: Result,
-    model: nn.Module,
-    manifest: Manifest,
-    tracker: Tracker,
-    display: Display,
-    started: float,
-) -> Result:
-    """Log pictures and profile of the run and register its folded model."""
-    experiment, evaluation = result.experiment, result.evaluation
-    figures = {
-        "curves": report.curves(result.history, experiment.name),
-        "confusion_matrix": report.confusion_matrix(
-            evaluation, manifest.class_names, f"{experiment.name}: top-1 {evaluation.top1:.2f} %"
-        ),
-        "weights": report.weight_histogram(model, experiment.name),
-    }
-    for name, figure in figures.items():
-        tracker.log_figure(name, figure)
-    tracker.log_dict("profile.json", result.profile.to_dict())
-    tracker.log_dict(
-        "evaluation.json",
-        {
+    def _start_tracking(self, store: TrackingStore) -> Tracker:
+        from pipeline.tracking import Tracker
+
+        if self.folder.record["mlflow_run"] is not None:
+            return Tracker.resume(store, self.folder.record["mlflow_run"])
+        tags = {
+            "identity": self.folder.record["identity"],
+            "data.fingerprint": self.manifest.fingerprint,
+            "run_folder": str(self.folder.path),
+            "tuned": str(self.experiment.tuned).lower(),
+        }
+        params = flatten(self.experiment.model_dump(mode="json"))
+        tracker = Tracker.start(store, self.experiment.name, self.folder.name, params, tags)
+        self.folder.update(mlflow_run=tracker.run_id)
+        tracker.log_text("experiment.yaml", self.experiment.to_yaml())
+        return tracker
+
+    def _train(self) -> Evaluation:
+        """Train to the last epoch; events feed the display and the tracker as they come."""
+        experiment = self.experiment
+        shown = TrainingDisplay(self.display, experiment.train.epochs)
+
+        def tell(event: Event) -> None:
+            shown(event)
+            self._take(event)
+
+        epochs = f"{experiment.train.epochs} epoch{'s' if experiment.train.epochs > 1 else ''}"
+        where = launch.device_description(launch.worker_count(experiment))
+        how = "Ray Train" if experiment.scaling.launcher == "ray" else "in this process"
+        self.display.stage("train", f"{epochs} on {where}, {how}; run {self.folder.path}")
+        started = time.monotonic()
+        if experiment.scaling.launcher == "ray":
+            launch.train_on_ray(experiment, self.manifest, self.folder.path, tell)
+        else:
+            launch.train_locally(experiment, self.manifest, self.folder.path, tell)
+        if self.evaluation is None:
+            raise RuntimeError("the training ended without an evaluation")
+        seconds = duration(time.monotonic() - started)
+        accuracy = f"test top-1 {self.evaluation.top1:.2f} % of {self.evaluation.images:,} images"
+        self.display.stage("train", f"done in {seconds}: {accuracy}")
+        return self.evaluation
+
+    def _take(self, event: Event) -> None:
+        """Keep what an event says; what is already tracked is not tracked twice."""
+        if event["kind"] == "resumed":
+            self.history = event["history"]
+        elif event["kind"] == "epoch":
+            self.history = [*self.history[: event["epoch"] - 1], event["metrics"]]
+        elif event["kind"] == "evaluation":
+            confusion = torch.tensor(event["confusion"])
+            self.evaluation = Evaluation(confusion, event["top5_hits"], event["loss"])
+        if self.tracker is not None:
+            for epoch, metrics in enumerate(self.history, start=1):
+                self.tracker.log_epoch(epoch, metrics)
+
+    def _finish(self, evaluation: Evaluation) -> Result:
+        """Profile the trained network, log what there is to see of it, and register it."""
+        experiment = self.experiment
+        model = build_model(experiment)
+        store = launch.checkpoint_store(experiment, self.manifest, self.folder.path)
+        try:
+            store.load_model(experiment.train.epochs, model)
+        except CheckpointError as error:
+            raise PipelineError(str(error)) from None
+        model.eval()
+        image_size = data_prep.get_dataset(experiment.dataset).image_size
+        result = Result(
+            experiment=experiment,
+            folder=self.folder.path,
+            history=self.history,
+            evaluation=evaluation,
+            profile=models.profile(model, image_size),
+            hardware=launch.device_description(launch.worker_count(experiment)),
+            seconds=time.monotonic() - self.started,
+        )
+        if self.tracker is None:
+            return result
+        self._log_figures(self.tracker, result, model)
+        registered = None
+        if experiment.tracking.register_model:
+            self.display.stage("register", f"exporting and verifying {experiment.name}")
+            registered = self._register(self.tracker, result, model)
+        return replace(
+            result,
+            seconds=time.monotonic() - self.started,
+            tracking_uri=self.tracker.store.uri,
+            run_id=self.tracker.run_id,
+            model=registered,
+        )
+
+    def _log_figures(self, tracker: Tracker, result: Result, model: nn.Module) -> None:
+        name, evaluation = self.experiment.name, result.evaluation
+        classes = self.manifest.class_names
+        accuracy = f"{name}: top-1 {evaluation.top1:.2f} %"
+        tracker.log_figure("curves", report.curves(self.history, name))
+        tracker.log_figure(
+            "confusion_matrix", report.confusion_matrix(evaluation, classes, accuracy)
+        )
+        tracker.log_figure("weights", report.weight_histogram(model, name))
+        tracker.log_dict("profile.json", result.profile.to_dict())
+        figures = {
             **evaluation.metrics(),
-            "per_class": dict(zip(manifest.class_names, evaluation.per_class, strict=True)),
+            "per_class": dict(zip(classes, evaluation.per_class, strict=True)),
             "confusion": evaluation.confusion.tolist(),
-        },
-    )
-    registered = None
-    if experiment.tracking.register_model:
-        display.stage("register", f"exporting and verifying {experiment.name}")
-        registered = _register(result, model, manifest, tracker)
-    return replace(
-        result,
-        seconds=time.monotonic() - started,
-        tracking_uri=tracker.store.uri,
-        run_id=tracker.run_id,
-        model=registered,
-    )
+        }
+        tracker.log_dict("evaluation.json", figures)
 
+    def _register(self, tracker: Tracker, result: Result, model: nn.Module) -> RegisteredModel:
+        from pipeline.registry import register
 
-def _register(
-    result: Result, model: nn.Module, manifest: Manifest, tracker: Tracker
-) -> RegisteredModel:
-    from pipeline.registry import register
-
-    dataset = data_prep.get_dataset(result.experiment.dataset)
-    shape = (dataset.channels, dataset.image_size, dataset.image_size)
-    return register(
-        models.fold(model),
-        result.experiment.name,
-        store=tracker.store,
-        run_id=tracker.run_id,
-        example_shape=shape,
-        reference=model,
-        model_card=report.model_card(result),
-        preprocessing=report.preprocessing(dataset),
-        tags={
-            "top1": f"{result.evaluation.top1:.3f}",
-            "stored_bytes": str(result.profile.stored_bytes),
-            "method": result.experiment.method,
-            "data.fingerprint": manifest.fingerprint,
-        },
-    )
+        dataset = data_prep.get_dataset(self.experiment.dataset)
+        return register(
+            models.fold(model),
+            self.experiment.name,
+            store=tracker.store,
+            run_id=tracker.run_id,
+            example_shape=(dataset.channels, dataset.image_size, dataset.image_size),
+            reference=model,
+            model_card=report.model_card(result),
+            preprocessing=report.preprocessing(dataset),
+            tags={
+                "top1": f"{result.evaluation.top1:.3f}",
+                "stored_bytes": str(result.profile.stored_bytes),
+                "method": self.experiment.method,
+                "data.fingerprint": self.manifest.fingerprint,
+            },
+        )

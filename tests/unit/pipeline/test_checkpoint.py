@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import CheckpointStore, Progress
+from pipeline.checkpoint import CheckpointError, CheckpointStore, Progress
 from pipeline.config import Recipe
 from pipeline.optim import build_optimizer
 
@@ -117,6 +117,13 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
         store.load_model(2, nn.Sequential(nn.Conv2d(1, 5, 3)))
 
 
+def test_a_damaged_model_is_not_loaded(tmp_path):
+    store = saved(tmp_path)
+    flip_a_bit(tmp_path / "epoch-0002")
+    with pytest.raises(CheckpointError, match="checksum"):
+        store.load_model(2, small_training()[0])
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     saved(tmp_path)
     for path in (tmp_path / "epoch-0002").iterdir():
@@ -131,7 +138,7 @@ def test_a_writer_killed_at_any_time_leaves_only_whole_checkpoints(tmp_path):
         """
         import itertools, pathlib, sys
         from torch import nn
-        from pipeline.checkpoint import CheckpointStore, Progress
+        from pipeline.checkpoint import CheckpointError, CheckpointStore, Progress
         from pipeline.config import Recipe
         from pipeline.optim import build_optimizer
         model = nn.Linear(600, 600)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +183,19 @@ def test_an_evaluation_that_lost_an_image_is_refused(manifest):
     )
     with pytest.raises(RuntimeError, match="counted 15 images of a split of 30"):
         evaluate(build_model(small()), share, context, classes=10, images=30)
+
+
+def test_the_loop_needs_torch_and_safetensors_alone():
+    """So that it runs from the bare checkout on a machine that has only these."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        "['pydantic', 'yaml', 'rich', 'ray', 'mlflow', 'ffcv', 'numba', 'sklearn', 'matplotlib']));"
+        "import pipeline.loop, pipeline.context"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
