@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.command_line import CommandLine
+
+
+def pytest_configure() -> None:
+    """One thread, here and in subprocesses: on busy cores threads wait longer than they work."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
