@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -207,21 +209,17 @@ def summary(result: Result) -> Table:
 
 
 def next_commands(result: Result) -> list[tuple[str, str]]:
-    """What to type to see the run and to use the model."""
+    """What to type to see the run and to use the model, with the Python that made them."""
     if result.tracking_uri is None:
         return []
-    see = (
-        result.tracking_uri
-        if result.tracking_uri.startswith("http")
-        else f"mlflow ui --backend-store-uri {result.tracking_uri}"
-    )
+    see = result.tracking_uri
+    if see.startswith("sqlite"):
+        see = f"{sys.executable} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(see)}"
     commands = [("see it", see)]
     if result.model is not None:
-        commands.append(
-            (
-                "use it",
-                f"MLFLOW_TRACKING_URI={result.tracking_uri} python -c 'import mlflow; "
-                f'model = mlflow.pytorch.load_model("{result.model.uri}")\'',
-            )
+        program = (
+            f"import mlflow; mlflow.set_tracking_uri({result.tracking_uri!r}); "
+            f"model = mlflow.pytorch.load_model({result.model.uri!r}); print(model)"
         )
+        commands.append(("use it", f"{sys.executable} -c {shlex.quote(program)}"))
     return commands

@@ -53,7 +53,7 @@ def test_the_output_fits_on_a_screen_and_says_what_matters(finished):
     assert len(lines) < 40, finished.output
     for text in ("1,437 train + 360 test", "2 CPU workers, gloo", "top-1", "parameters",
                  "against 4,959,352 as float32", "models:/digits_lenet5_ternary@candidate",
-                 "mlflow ui --backend-store-uri"):  # fmt: skip
+                 "mlflow ui"):  # fmt: skip
         assert text in finished.output
     assert not re.search(r"Traceback|Warning|WARNING|DEBUG", finished.output)
 
@@ -129,6 +129,13 @@ assert not {{"models", "pipeline", "data_prep"}} & set(sys.modules)
     differences = [float(line) for line in answer.stdout.split()]
     assert len(differences) == 3
     assert max(differences) < 1e-5
+
+
+def test_the_command_that_uses_the_model_works_as_printed(finished, tmp_path):
+    (command,) = re.findall(r"^use it +(.*)$", finished.output, re.MULTILINE)
+    answer = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "conv1" in answer.stdout
 
 
 def test_the_folded_model_has_ternary_weights_only(finished):
