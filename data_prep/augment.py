@@ -23,6 +23,7 @@ class Draw(IntEnum):
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_64_BITS = (1 << 64) - 1
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -36,14 +37,14 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def _key(draw: Draw, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
     key = np.zeros(1, dtype=np.uint64)
     for part in (draw, seed, epoch):
-        key = _mix((key ^ np.uint64(part)) + _GOLDEN)
+        key = _mix((key ^ np.uint64(part & _64_BITS)) + _GOLDEN)
     return key
 
 
 def random_bits(
     draw: Draw, seed: int, epoch: int, indices: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.uint64]:
-    """64 random bits for each sample index, shape (N,); seed and epoch from 0 to 2**64 - 1."""
+    """64 random bits for each sample index, shape (N,); seed and epoch count modulo 2**64."""
     return _mix(_mix((_key(draw, seed, epoch) ^ indices.astype(np.uint64)) + _GOLDEN))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.datasets import DataError, Dataset, get_dataset
+from data_prep.datasets import DataError, Dataset, get_dataset, one_line_for_os_errors
 from data_prep.manifest import MANIFEST_NAME, Manifest, PreparedFile, digest_of, make_spec
 from data_prep.sources import Split, data_root, generate, read
 
@@ -66,21 +66,24 @@ def plan(
     """Say what ``prepare`` with the same arguments would do; nothing is written.
 
     Raises:
-        DataError: for an unknown data set or backend, or a manifest that does not hold.
+        DataError: for an unknown data set or backend, a manifest that does not hold, or a folder
+            that cannot be looked into.
     """
     row, spec, folder = _resolve(dataset, prepared, backend, synthetic)
-    if folder.exists():
-        manifest = Manifest.read(folder)
-        entries = [file for files in manifest.files.values() for file in files]
-        for entry in entries:
-            entry.check_size(folder)
-        sizes = {entry.name: entry.bytes for entry in entries}
-        return Plan(folder, sizes, True, "prepared files")
+    with one_line_for_os_errors(f"cannot prepare {row.name}", folder):
+        if folder.exists():
+            manifest = Manifest.read(folder)
+            entries = [file for files in manifest.files.values() for file in files]
+            for entry in entries:
+                entry.check_size(folder)
+            sizes = {entry.name: entry.bytes for entry in entries}
+            return Plan(folder, sizes, True, "prepared files")
+        source = _source_line(row, root, synthetic)
     sizes = {}
     for split, count in spec["counts"].items():
         for name, size in _expected_sizes(split, count, spec["image_shape"], backend).items():
             sizes[name] = size
-    return Plan(folder, sizes, False, _source_line(row, root, synthetic))
+    return Plan(folder, sizes, False, source)
 
 
 def _expected_sizes(split: str, count: int, shape: list[int], backend: str) -> dict[str, int]:
@@ -128,7 +131,8 @@ def prepare(
         prepared: folder of prepared data sets.
         backend: ``ffcv`` (``.beton`` files) or ``torch`` (``.npy`` files, for machines without
             FFCV); both give the same batches.
-        synthetic: made-up images (train, test) in the shape of the data set instead of its own.
+        synthetic: made-up images (train, test), at least 1 each, in the shape of the data set
+            instead of its own.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
@@ -137,9 +141,9 @@ def prepare(
     """
     row, spec, folder = _resolve(dataset, prepared, backend, synthetic)
     tell = progress or _silent
-    if folder.exists():
-        return _checked(folder, spec, tell)
-    try:
+    with one_line_for_os_errors(f"cannot prepare {row.name}", folder.parent):
+        if folder.exists():
+            return _checked(folder, spec, tell)
         with _only_one(folder, row.name, tell):
             if folder.exists():
                 return _checked(folder, spec, tell)
@@ -154,10 +158,7 @@ def prepare(
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-    except OSError as error:
-        where = error.filename or folder.parent
-        raise DataError(f"cannot prepare {row.name}: {where}: {error.strerror}") from error
-    return Manifest.read(folder)
+        return Manifest.read(folder)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -170,6 +171,8 @@ def _resolve(
     row = get_dataset(dataset) if isinstance(dataset, str) else dataset
     if backend not in BACKENDS:
         raise DataError(f"unknown data backend {backend!r}: valid are {', '.join(BACKENDS)}")
+    if synthetic is not None and min(synthetic) < 1:
+        raise DataError(f"cannot generate {synthetic} images: each split needs at least 1")
     spec = make_spec(row, backend, synthetic)
     return row, spec, prepared / f"{row.name}-{digest_of(spec)[:10]}"
 

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class DataError(Exception):
     """A failure that the user can mend: one line that says what, where, and what would be right."""
+
+
+@contextmanager
+def one_line_for_os_errors(failure: str, place: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a line: what failed, which file, and why.
+
+    Args:
+        failure: how the line begins.
+        place: named where the error itself names no file.
+
+    Raises:
+        DataError: instead of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{failure}: {error.filename or place}: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from data_prep.augment import Augmentation, epoch_order
-from data_prep.datasets import DataError
+from data_prep.datasets import DataError, one_line_for_os_errors
 from data_prep.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class ArrayReader:
     def __init__(self, images: Path, labels: Path, batch_size: int) -> None:
         self._images = np.load(images, mmap_mode="r")
         self.labels = np.load(labels)
+        if len(self._images) != len(self.labels):
+            raise DataError(
+                f"{images} has {len(self._images)} images for {len(self.labels)} labels"
+            )
         self._batch_size = batch_size
 
     def read(self, order: Indices) -> Generator[Images]:
@@ -194,14 +198,15 @@ def open_split(manifest: Manifest, split: str, batch_size: int) -> SplitReader:
 
     Raises:
         DataError: for an unknown split, and when a file is missing or has another size than it
-            was written with.
+            was written with, or cannot be read.
     """
     if split not in manifest.files:
         raise DataError(f"unknown split {split!r}: valid are {', '.join(manifest.files)}")
-    paths = [file.check_size(manifest.folder) for file in manifest.files[split]]
-    if manifest.backend == "ffcv":
-        return BetonReader(paths[0], batch_size)
-    return ArrayReader(paths[0], paths[1], batch_size)
+    with one_line_for_os_errors(f"cannot read the {split} split", manifest.folder):
+        paths = [file.check_size(manifest.folder) for file in manifest.files[split]]
+        if manifest.backend == "ffcv":
+            return BetonReader(paths[0], batch_size)
+        return ArrayReader(paths[0], paths[1], batch_size)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -330,15 +335,17 @@ def make_loader(
         batch_size: images per step over all ranks.
         training: shuffled and in full batches, or each image once.
         augmentation: of the images before they travel to the device; none by default.
-        seed: of order and augmentation.
+        seed: of order and augmentation, any whole number (only its last 64 bits count).
         rank: of this process, from 0.
         world_size: number of processes.
         device: where batches are needed.
 
     Raises:
-        DataError: when the batch cannot be shared evenly or is larger than the split, or when the
-            files are not as they were written.
+        DataError: when the rank is none of ``world_size``, the batch cannot be shared evenly or is
+            larger than the split, or when the files are not as they were written.
     """
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} of {world_size}: ranks go from 0 to {world_size} - 1")
     if batch_size < 1 or batch_size % world_size:
         raise DataError(
             f"a batch of {batch_size} images cannot be shared by {world_size} ranks: "

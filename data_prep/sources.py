@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import http.client
 import io
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,14 @@ from data_prep.datasets import DataError, Dataset
 
 #: Seconds that a silent server is waited for.
 _NETWORK_TIMEOUT = 20.0
+
+#: MD5 of MNIST's files once unpacked; those of the packed ones are torchvision's.
+_UNPACKED_MNIST = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 
 
 class Split(NamedTuple):
@@ -131,6 +141,9 @@ def _read_mnist(dataset: Dataset, folder: Path, scratch: Path) -> dict[str, Spli
             if not check_integrity(packed, md5):
                 raise DataError(f"{packed} is damaged (its MD5 is not {md5}): replace the file")
         elif unpacked.is_file():
+            md5 = _UNPACKED_MNIST[unpacked.name]
+            if not check_integrity(unpacked, md5):
+                raise DataError(f"{unpacked} is damaged (its MD5 is not {md5}): replace the file")
             (staged / unpacked.name).symlink_to(unpacked.resolve())
             continue
         else:
@@ -140,11 +153,7 @@ def _read_mnist(dataset: Dataset, folder: Path, scratch: Path) -> dict[str, Spli
             shutil.copyfileobj(source, target)
     splits = {}
     for split in ("train", "test"):
-        try:
-            read_split = MNIST(scratch, train=split == "train")
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "not its format"
-            raise DataError(f"{folder / 'MNIST' / 'raw'} is damaged: {reason}") from None
+        read_split = MNIST(scratch, train=split == "train")
         splits[split] = Split(
             read_split.data.numpy()[..., np.newaxis], read_split.targets.numpy().astype(np.int64)
         )
@@ -163,8 +172,9 @@ def _download(
             with _impatient_network(), contextlib.redirect_stderr(io.StringIO()):
                 download_url(url, scratch, target.name, md5)
             break
-        except (OSError, RuntimeError) as error:
-            reason = str(getattr(error, "reason", error))
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            message = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = message.splitlines()[0]
     else:
         raise DataError(
             f"no {target.name} in {target.parent}, and it cannot be downloaded ({reason}): put "
@@ -172,9 +182,20 @@ def _download(
             f"to the folder that holds {dataset.name}/"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(scratch / target.name, partial)
-    partial.replace(target)
+    _place(scratch / target.name, target)
+
+
+def _place(source: Path, target: Path) -> None:
+    """Copy a file in one step; others may place the same file at the same time."""
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with source.open("rb") as original, partial.open("xb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

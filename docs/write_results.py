@@ -20,13 +20,30 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def collect(runs: Path) -> dict[str, dict[str, Any]]:
-    """The newest finished run of each experiment below a folder of runs."""
+    """The newest finished run of each curated experiment below a folder of runs.
+
+    Left out are runs with other settings than the catalog's, and resumed ones, whose time is not
+    that of the whole training.
+    """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(runs.glob("*/*/run.json")):
         run = json.loads(path.read_text())
-        if run["status"] == "finished":
-            found[run["result"]["experiment"]] = run["result"]
+        if run["status"] == "finished" and run["sessions"] == 1 and _is_curated(run["experiment"]):
+            found[run["experiment"]["name"]] = run["result"]
     return found
+
+
+def _is_curated(experiment: dict[str, Any]) -> bool:
+    curated = catalog().get(experiment["name"])
+    if curated is None:
+        return False
+    expected = curated.model_dump(mode="json")
+    same = all(experiment[key] == expected[key] for key in ("dataset", "backbone", "method"))
+    return (
+        same
+        and experiment["train"] == expected["train"]
+        and experiment["data"]["synthetic"] is None
+    )
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:

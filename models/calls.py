@@ -56,7 +56,9 @@ def parse_call(text: str) -> Call:
         call = ast.parse(f"call({arguments})", mode="eval").body
     except (SyntaxError, ValueError):
         raise ModelError(f"cannot read {text!r}: {_EXAMPLE}") from None
-    if not isinstance(call, ast.Call) or call.args:
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ModelError(f"cannot read {text!r}: {_EXAMPLE}")  # a(x=1)(x=2) or a(x=1).b(x=2)
+    if call.args:
         raise ModelError(f"cannot read {text!r}: arguments are written argument=value")
     values: dict[str, Any] = {}
     for keyword in call.keywords:

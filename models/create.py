@@ -27,8 +27,9 @@ def create_model(
     """Build a network for images (N, in_channels, image_size, image_size) and apply a method.
 
     `backbone` and `method` are call strings: `lenet5(width=2)`, `ternary(expansion=4)`; methods
-    compose with a plus sign. The initial weights depend on `seed` and the backbone alone, and the
-    global random state is left as it was. Output: logits (N, num_classes). Raises ModelError.
+    compose with a plus sign. The initial weights depend on `seed` (modulo 2**64) and the backbone
+    alone, and the global random state is left as it was. Output: logits (N, num_classes). Raises
+    ModelError, also when there is not enough memory.
     """
     for name, value in zip(_FROM_DATA, (num_classes, in_channels, image_size), strict=True):
         if value < 1:
@@ -39,10 +40,15 @@ def create_model(
     resolve_methods(method)  # a wrong method is reported before a large network is built
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed every accelerator, which fork_rng then must restore.
-        torch.random.default_generator.manual_seed(seed)
-        model = build(
-            num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
-        )
+        torch.random.default_generator.manual_seed(seed % 2**64)
+        try:
+            model = build(
+                num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
+            )
+        # No memory for so many weights; a size beyond 64 bits is a TypeError of torch.
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{backbone} cannot be built: {reason}") from error
     return apply_method(model, method)
 
 

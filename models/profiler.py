@@ -197,7 +197,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, _Tr
     try:
         with torch.no_grad():
             shadow(torch.empty(1, *input_shape, device="meta"))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         shape = "x".join(map(str, input_shape))
         reason = str(error).splitlines()[0]
         raise ModelError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 _MANIFEST = "manifest.json"
+_NAME = re.compile(r"epoch-\d+")
 
 
 class CheckpointError(Exception):
@@ -111,7 +113,8 @@ class CheckpointStore:
 
     def _all(self) -> list[Path]:
         """Checkpoint folders, newest first."""
-        return sorted(self.folder.glob("epoch-*"), key=_epoch_of, reverse=True)
+        found = [path for path in self.folder.glob("epoch-*") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_epoch_of, reverse=True)
 
     def _problem(self, path: Path) -> str | None:
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -90,22 +92,32 @@ def main(arguments: Sequence[str]) -> int:
         received.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _dispatch(arguments)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_how_to_continue(arguments, error.run)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         run = getattr(interrupt, "run", None)
-        message = "interrupted"
-        if run is not None:
-            words = [word for word in arguments if word != run and not word.startswith("--resume")]
-            message += f"; continue with: python run.py {shlex.join(words)} --resume {run}"
-        print(message, file=sys.stderr)
+        print(f"interrupted{_how_to_continue(arguments, run)}", file=sys.stderr)
         return 128 + (received[0] if received else signal.SIGINT)
     except BrokenPipeError:
+        print("error: nobody reads the output any more", file=sys.stderr)
         return 1
+
+
+def _how_to_continue(arguments: Sequence[str], run: str | None) -> str:
+    """What to add to a message: the command that goes on with this run."""
+    if run is None:
+        return ""
+    words = [word for word in arguments if word != run and not word.startswith("--resume")]
+    command = shlex.join([sys.executable, sys.argv[0], *words, "--resume", run])
+    return f"; continue with: {command}"
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -121,8 +133,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parser.print_help()
         return 0
     if options.list is not None:
+        if len(arguments) > 1 + (options.list != "*"):
+            raise PipelineError("--list goes alone, or with a pattern: --list 'mnist*'")
         _list(options.list)
         return 0
+    if options.resume is not False and (options.dry_run or options.describe):
+        raise PipelineError("--resume runs; it does not go with --dry-run or --describe")
+    if options.describe and options.dry_run:
+        raise PipelineError("give one of --describe and --dry-run, not both")
     experiment = _experiment(options)
     if options.describe:
         _describe(experiment, options.yaml)
@@ -158,6 +176,7 @@ def smoke(experiment: Experiment) -> Experiment:
 
     It runs in this process and keeps its runs and registered models in a store of their own.
     """
+    runs = experiment.tracking.runs / "smoke"
     return override(
         experiment,
         [
@@ -166,7 +185,8 @@ def smoke(experiment: Experiment) -> Experiment:
             "train.warmup_epochs=0",
             "data.synthetic=[16,16]",
             "scaling.launcher=local",
-            f"tracking.runs={experiment.tracking.runs / 'smoke'}",
+            f"tracking.runs={runs}",
+            f"tracking.uri=sqlite:///{runs.absolute() / 'mlflow.db'}",
         ],
     )
 
@@ -184,7 +204,8 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> None:
     result = run(experiment, resume=options.resume, display=display)
     display.console.print(summary(result))
     for label, command in next_commands(result):
-        display.console.print(f"{label:<8}{command}")
+        # Whole and literal, so that it can be copied from a narrow terminal too.
+        display.console.print(f"{label:<8}{command}", markup=False, soft_wrap=True)
 
 
 def _console() -> Console:
@@ -225,7 +246,7 @@ def _describe(experiment: Experiment, as_yaml: bool) -> None:
         return
     console = _console()
     for key, value in flatten(experiment.model_dump(mode="json")).items():
-        console.print(f"[bold]{key:<28}[/]{'none' if value is None else value}")
+        console.print(f"{key:<28}{'none' if value is None else value}", markup=False)
     _print_layers(console, experiment)
 
 
@@ -279,37 +300,39 @@ def _profile(experiment: Experiment) -> Any:
 
 
 def _dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
+    from pipeline.stages import check, data_options, training_images
+
+    check(experiment)
     import data_prep
     import models
     from pipeline import launch
     from pipeline.loop import build_model
-    from pipeline.stages import data_options
 
-    launch.check_scaling(experiment)
-    console = _console()
-    for line in without_effect(experiment, settings):
-        console.print(f"note     {line}")
-    plan = data_prep.plan(experiment.dataset, **data_options(experiment))
+    lines = [("note", line) for line in without_effect(experiment, settings)]
+    try:
+        plan = data_prep.plan(experiment.dataset, **data_options(experiment))
+    except data_prep.DataError as error:
+        raise PipelineError(str(error)) from None
     files = ", ".join(f"{name} ({size:,} bytes)" for name, size in plan.files.items())
     how = "ready in" if plan.ready else f"would be made from {plan.source} in"
-    console.print(f"prepare  {files} {how} {plan.folder}")
-    dataset = data_prep.get_dataset(experiment.dataset)
-    images = experiment.data.synthetic[0] if experiment.data.synthetic else dataset.counts["train"]
-    steps = images // experiment.train.batch_size
-    workers = launch.worker_count(experiment)
-    console.print(
-        f"train    {experiment.train.epochs} epochs of {steps:,} steps of "
-        f"{experiment.train.batch_size} images, {experiment.train.epochs * steps:,} in all, "
-        f"on {launch.device_description(workers)}"
-    )
-    quantized = models.quantized_layers(build_model(experiment))
-    names = ", ".join(name for name, _ in quantized) or "none"
-    console.print(f"layers   {len(quantized)} quantized by {experiment.method}: {names}")
+    lines.append(("prepare", f"{files} {how} {plan.folder}"))
+    epochs, batch = experiment.train.epochs, experiment.train.batch_size
+    steps = training_images(experiment) // batch
+    where = launch.device_description(launch.worker_count(experiment))
+    total = f"{epochs * steps:,} in all, on {where}"
+    lines.append(("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}"))
+    quantized = [name for name, _ in models.quantized_layers(build_model(experiment))]
+    names = ", ".join(quantized) or "none"
+    lines.append(("layers", f"{len(quantized)} quantized by {experiment.method}: {names}"))
     runs = experiment.tracking.runs.absolute()
-    console.print(f"run      a new folder in {runs / experiment.name}, a checkpoint per epoch")
+    folder = runs / experiment.name
+    lines.append(("run", f"a new folder in {folder}, a checkpoint per epoch"))
     if experiment.tracking.enabled:
         uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        console.print(f"track    MLflow, {uri or runs / 'mlflow.db'}")
+        address = re.sub("//[^/@]*@", "//", uri) if uri else runs / "mlflow.db"
+        lines.append(("track", f"MLflow, {address}"))
         if experiment.tracking.register_model:
-            console.print(f"register models:/{experiment.name}@candidate")
-    console.print("nothing was written")
+            lines.append(("register", f"models:/{experiment.name}"))
+    console = _console()
+    for name, text in [*lines, ("", "nothing was written")]:
+        console.print(f"{name:<9}{text}", markup=False)

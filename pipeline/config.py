@@ -6,15 +6,17 @@ shipped through Ray and logged by MLflow. No torch, Ray, FFCV or MLflow is impor
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,23 +25,43 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from data_prep.datasets import get_dataset
 
 
 class PipelineError(Exception):
-    """A failure that the user can mend: one line that says what, where, and what would be right."""
+    """A failure that the user can mend: one line that says what, where, and what would be right.
 
-    #: Of the process: 2 for bad input, 1 for a run that failed.
+    Attributes:
+        exit_code: of the process: 2 for bad input, 1 for a run that failed.
+        run: name of the run that can be continued; None where there is none.
+    """
+
     exit_code = 2
+    run: str | None = None
+
+
+#: A folder of the user's; ``~`` is the home folder, as in a shell.
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, a number is never made of text."""
+    """A frozen group of settings; an unknown key is an error, true is not taken for 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if isinstance(value, bool) and not is_switch:
+            raise PydanticCustomError("boolean", "must be a value, not true or false")
+        return value
 
 
 class Recipe(Section):
@@ -89,8 +111,10 @@ class Recipe(Section):
 class Data(Section):
     """Where images come from and where their prepared form is kept."""
 
-    root: Path | None = Field(None, description="raw data sets; none: TERNFORGE_DATA, else ./data")
-    prepared: Path = Field(Path("prepared"), description="folder of verified, prepared data")
+    root: Folder | None = Field(
+        None, description="raw data sets; none: TERNFORGE_DATA, else ./data"
+    )
+    prepared: Folder = Field(Path("prepared"), description="folder of verified, prepared data")
     backend: Literal["auto", "ffcv", "torch"] = Field(
         "auto", description="reader; auto: ffcv where it is installed"
     )
@@ -107,7 +131,9 @@ class Scaling(Section):
         None, description="DDP processes; none: one per GPU, without a GPU 2"
     )
     max_failures: NonNegativeInt = Field(3, description="restarts after a lost worker")
-    timeout: PositiveFloat = Field(300.0, description="seconds until a silent worker is an error")
+    timeout: float = Field(
+        300.0, ge=1, le=86_400, description="seconds until a silent worker is an error"
+    )
 
 
 class Tracking(Section):
@@ -118,7 +144,9 @@ class Tracking(Section):
     uri: str | None = Field(
         None, description="MLflow server; none: MLFLOW_TRACKING_URI, else sqlite under runs"
     )
-    runs: Path = Field(Path("runs"), description="folder of run folders and of the MLflow database")
+    runs: Folder = Field(
+        Path("runs"), description="folder of run folders and of the MLflow database"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="newest ones kept in the run folder")
 
 
@@ -133,11 +161,12 @@ class Reference(Section):
 class Experiment(Section):
     """One training run, in full: data set, backbone, method and recipe, and where it runs."""
 
-    name: str
+    # It names folders and the registered model, which MLflow wants without / : . % and quotes.
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_()=,+-]*$")
     dataset: str
     backbone: str = Field(description="call string, for example resnet50(form=cifar)")
     method: str = Field("float", description="call string, for example ternary(expansion=4)")
-    seed: NonNegativeInt = Field(0, description="of weights, order and augmentation")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="of weights, order and augmentation")
     train: Recipe = Recipe()
     data: Data = Data()
     scaling: Scaling = Scaling()
@@ -149,16 +178,17 @@ class Experiment(Section):
         """Whether the catalog curates this experiment (otherwise its recipe is a default)."""
         return self.reference is not None
 
-    def identity(self, data_fingerprint: str) -> str:
-        """Hash of all that the trained weights depend on, as 12 hex digits.
+    def identity(self, data: str) -> str:
+        """Hash of what is trained, on what and how, as 12 hex digits.
 
+        ``data`` stands for the images as the network sees them, see ``launch.run_identity``.
         Where a run is computed and logged (scaling, tracking, folders) is left out: the same
         identity means that a checkpoint of one run can be continued by the other.
         """
         parts = self.model_dump(
             mode="json", include={"dataset", "backbone", "method", "seed", "train"}
         )
-        text = json.dumps({**parts, "data": data_fingerprint}, sort_keys=True)
+        text = json.dumps({**parts, "data": data}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_yaml(self) -> str:
@@ -221,27 +251,25 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
                 same = [name for name in fields if name.split(".")[-1] == key]
                 hint = f"; did you mean {' or '.join(same)}?" if same else hint
             raise PipelineError(f"unknown setting {key!r}{hint}")
-        annotation = fields[key].annotation
-        values[key] = text if annotation is str else _parse_value(key, text)
+        values[key] = _parse_value(key, text, fields[key].annotation)
     return values
 
 
-def _parse_value(key: str, text: str) -> Any:
+def _parse_value(key: str, text: str, annotation: Any) -> Any:
+    if text in ("none", "null"):
+        return None
+    if annotation in (str, str | None, Folder, Path, Folder | None):
+        return text
+    # YAML 1.1 reads 010 as eight, 1:30 as ninety, and 1e-4 as text.
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PipelineError(
-            f"{key}={text!r} is not a value: {str(error).splitlines()[0]}"
-        ) from None
-    if value == "none":
-        return None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text because it wants a dot in the mantissa.
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = str(error).splitlines()[0]
+        raise PipelineError(f"{key}={text!r} is not a value: {problem}") from None
+    return text if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def build_experiment(values: Mapping[str, Any]) -> Experiment:
@@ -283,6 +311,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"setting {key!r} is missing"
     message = problem["msg"].replace("Input should be", "must be")
+    message = message.replace("String should match pattern", "must match")
     return f"{key}={problem['input']!r} {message}"
 
 
@@ -297,7 +326,7 @@ def load_yaml(path: Path) -> Experiment:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise PipelineError(f"cannot read {path}: {reason}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise PipelineError(f"{path} holds no experiment; write one with --describe NAME --yaml")
@@ -326,6 +355,8 @@ def without_effect(experiment: Experiment, overrides: Iterable[str]) -> list[str
             current = getattr(experiment.train, governor)
             if current != value:
                 reason = f"train.{governor}={current}"
+        elif key == "train.latent_weight_decay" and experiment.method == "float":
+            reason = "method=float, which has no latent weights"
         elif key in ("scaling.workers", "scaling.max_failures", "scaling.timeout"):
             if experiment.scaling.launcher == "local":
                 reason = "scaling.launcher=local"

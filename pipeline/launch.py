@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,13 +26,21 @@ if TYPE_CHECKING:
 
 
 class TrainingError(PipelineError):
-    """The training itself failed."""
+    """The training itself failed.
+
+    Attributes:
+        transient: whether the same training may well succeed when it is continued.
+    """
 
     exit_code = 1
 
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
-#: Errors that a restart would only repeat: the run ends with their line.
-_FINAL_ERRORS = (FloatingPointError, DataError, ModelError, PipelineError)
+
+#: Errors whose text is a line for the user; of any other the trace is kept in a file as well.
+_EXPLAINED_ERRORS = (FloatingPointError, DataError, ModelError, PipelineError)
 
 #: Seconds between two looks at the workers. Ray's own default of 2 s is paid by every epoch,
 #: because a report waits for the next look.
@@ -51,7 +60,7 @@ _WORKER_ENVIRONMENT = {
 }
 
 #: How Ray, and the collectives of the surviving workers, put it.
-_SIGNS_OF_A_LOST_WORKER = ("died unexpectedly", "actor died", "/gloo/", "NCCL error", "ncclRemote")
+_SIGNS_OF_A_LOST_WORKER = ("died unexpectedly", "actor died", "/gloo/", "NCCL", "CUDA error")
 
 _ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
@@ -86,6 +95,8 @@ def check_scaling(experiment: Experiment) -> None:
 
     workers, batch = worker_count(experiment), experiment.train.batch_size
     gpus = torch.cuda.device_count()
+    if experiment.scaling.launcher == "ray":
+        _check_address()
     if gpus and workers > gpus and "RAY_ADDRESS" not in os.environ:
         raise PipelineError(
             f"scaling.workers={workers} is more than the {gpus} GPUs of this machine; "
@@ -103,23 +114,46 @@ def check_scaling(experiment: Experiment) -> None:
         )
 
 
+def _check_address() -> None:
+    """Refuse a Ray address that does not answer; Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); "
+            "correct it, or unset it to start Ray on this machine"
+        ) from None
+
+
 def train_locally(
     experiment: Experiment, manifest: Manifest, folder: Path, tell: Callable[[Event], None]
 ) -> None:
-    """Train in this process, on one device, without Ray."""
+    """Train in this process, on one device, without Ray.
+
+    Raises:
+        TrainingError: when training failed.
+    """
     try:
-        train(
-            experiment, manifest, checkpoint_store(experiment, manifest, folder), TrainContext(tell)
-        )
-    except FloatingPointError as error:
-        raise TrainingError(str(error)) from None
+        store = checkpoint_store(experiment, manifest, folder)
+        train(experiment, manifest, store, TrainContext(tell))
+    except Exception as error:
+        raise _failure(_description(error), folder) from None
+
+
+def run_identity(experiment: Experiment, manifest: Manifest) -> str:
+    """Hash of the experiment, the images and their normalization."""
+    return experiment.identity(f"{manifest.fingerprint} {manifest.mean} {manifest.std}")
 
 
 def checkpoint_store(experiment: Experiment, manifest: Manifest, folder: Path) -> CheckpointStore:
     """The checkpoints of the run in this folder."""
     return CheckpointStore(
         folder / "checkpoints",
-        experiment.identity(manifest.fingerprint),
+        run_identity(experiment, manifest),
         experiment.tracking.keep_checkpoints,
     )
 
@@ -129,11 +163,12 @@ def _train_worker(config: dict[str, Any]) -> None:
     context = RayTrainContext(config["board"])
     experiment, manifest = config["experiment"], config["manifest"]
     try:
-        train(
-            experiment, manifest, checkpoint_store(experiment, manifest, config["folder"]), context
-        )
-    except _FINAL_ERRORS as error:
-        config["board"].post.remote({"kind": "failed", "text": str(error)})
+        store = checkpoint_store(experiment, manifest, config["folder"])
+        train(experiment, manifest, store, context)
+    except Exception as error:
+        # A restart helps against a lost worker; an error of the program it would only repeat.
+        if not _is_lost_worker(error):
+            config["board"].post.remote({"kind": "failed", **_description(error)})
         raise
 
 
@@ -150,6 +185,12 @@ def train_on_ray(
     """
     workers = worker_count(experiment)
     with _ray_session(workers) as ray:
+        cores = ray.cluster_resources().get("CPU", 0)
+        if cores < workers:
+            text = (
+                f"the cluster has {cores:g} CPUs for {workers} workers; waiting until it has more"
+            )
+            tell({"kind": "note", "text": text})
         board = ray.remote(num_cpus=0)(EventBoard).remote()
         trainer = _trainer(experiment, manifest, folder, board, workers)
         outcome: list[BaseException | None] = []
@@ -166,9 +207,15 @@ def train_on_ray(
         running = True
         while running:
             running = thread.is_alive()
-            for event in ray.get(board.take.remote(_PATIENCE if running else 0.0)):
+            try:
+                events = ray.get(board.take.remote(_PATIENCE if running else 0.0))
+            except ray.exceptions.RayError as error:
+                raise TrainingError(
+                    f"the Ray cluster is lost: {_first_line(error)}", True
+                ) from None
+            for event in events:
                 if event["kind"] == "failed":
-                    raise TrainingError(event["text"])
+                    raise _failure(event, folder)
                 tell(event)
     if outcome[0] is not None:
         raise _explain(outcome[0], folder)
@@ -248,12 +295,15 @@ def _ray_session(workers: int) -> Iterator[Any]:
         ray.shutdown()
 
 
+def _is_lost_worker(error: BaseException) -> bool:
+    return any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER)
+
+
 def _cause(error: BaseException) -> str:
     """The innermost cause of a worker's failure in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error)
-    if any(sign in text for sign in _SIGNS_OF_A_LOST_WORKER):
+    if _is_lost_worker(error):
         return "a worker process was killed or crashed"
     return f"{type(error).__name__}: {_first_line(error)}"
 
@@ -263,7 +313,28 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _explain(error: BaseException, folder: Path) -> TrainingError:
+def _description(error: BaseException) -> Event:
+    """An error as plain data: a line, and the trace where the line does not say it all."""
+    if isinstance(error, _EXPLAINED_ERRORS):
+        return {"text": _first_line(error), "trace": None}
+    return {"text": _cause(error), "trace": "".join(traceback.format_exception(error))}
+
+
+def _failure(description: Event, folder: Path) -> TrainingError:
+    """The error that the user sees; a trace goes to ``error.txt`` in the run folder."""
+    if description["trace"] is None:
+        return TrainingError(description["text"])
     trace = folder / "error.txt"
-    trace.write_text("".join(traceback.format_exception(error)))
-    return TrainingError(f"training failed: {_cause(error)}; the full trace is in {trace}")
+    with contextlib.suppress(OSError):  # a full disk, say, is what is being reported
+        trace.write_text(description["trace"])
+    return TrainingError(f"training failed: {description['text']}; the full trace is in {trace}")
+
+
+def _explain(error: BaseException, folder: Path) -> TrainingError:
+    """What Ray Train gave up on: more lost workers than ``scaling.max_failures``, or itself."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner = [getattr(error, "controller_failure", None) or error, *failures.values()]
+    description = _description(inner[-1])
+    failure = _failure(description | {"trace": description["trace"] or str(error)}, folder)
+    failure.transient = _is_lost_worker(inner[-1]) or "killed or crashed" in description["text"]
+    return failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,8 @@ def train(
         _average_buffers(model, context)
         started = time.perf_counter()
         evaluation = evaluate(model, test_loader, context, **split)
+        if not math.isfinite(evaluation.loss):
+            raise _not_finite(progress.step + train_loader.steps_per_epoch - 1, progress.epoch)
         metrics |= evaluation.metrics() | {"evaluate_seconds": time.perf_counter() - started}
         progress = Progress(
             progress.epoch + 1,
@@ -153,7 +156,7 @@ def _train_epoch(
         for done, (images, labels) in enumerate(batches, start=1):
             step = progress.step + done - 1
             # Dropout and the like draw the same numbers whether or not the run was interrupted.
-            torch.manual_seed((experiment.seed << 40) + step * context.world_size + context.rank)
+            torch.manual_seed(hash((experiment.seed, step, context.rank)) % 2**63)
             rate = learning_rate(recipe, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -210,16 +213,25 @@ def train_step(
     return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
 
 
+def _not_finite(step: int, epoch: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the loss was not finite at step {step} (epoch {epoch + 1}); "
+        "lower train.lr or raise train.warmup_epochs"
+    )
+
+
 class _Meter:
     """Running sums of an epoch that stay on the device until somebody asks."""
 
     def __init__(self, context: TrainContext) -> None:
         self._context = context
-        self._sums = torch.zeros(3, dtype=torch.float64, device=context.device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=context.device)
+        self._images = 0
         self._first_bad = torch.full((), _NO_STEP, dtype=torch.int64, device=context.device)
 
     def add(self, step: int, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
-        self._sums += torch.stack((loss.double() * images, hits.double(), loss.new_tensor(images)))
+        self._images += images
+        self._sums += torch.stack((loss.double() * images, hits.double()))
         bad = torch.where(torch.isfinite(loss), _NO_STEP, step)
         self._first_bad = torch.minimum(self._first_bad, bad)
 
@@ -227,17 +239,15 @@ class _Meter:
         """Stop on every rank when the loss of any rank was not finite."""
         first = self._context.minimum_over_ranks(self._first_bad)
         if first != _NO_STEP:
-            raise FloatingPointError(
-                f"the loss was not finite at step {first} (epoch {epoch + 1}); "
-                "lower train.lr or raise train.warmup_epochs"
-            )
+            raise _not_finite(first, epoch)
 
     def sum_over_ranks(self) -> None:
         self._context.sum_over_ranks(self._sums)
+        self._images *= self._context.world_size  # shares of a training batch are equal
 
     def means(self) -> dict[str, float]:
-        loss, hits, images = self._sums.tolist()
-        return {"train_loss": loss / images, "train_top1": 100 * hits / images}
+        loss, hits = self._sums.tolist()
+        return {"train_loss": loss / self._images, "train_top1": 100 * hits / self._images}
 
 
 def _average_buffers(model: nn.Module, context: TrainContext) -> None:

@@ -20,5 +20,3 @@ MNIST = derive(DEFAULT, epochs=5, batch_size=128, lr=0.05, warmup_epochs=0.5, sh
 
 #: LeNet5 on the 1,437 digits: many short epochs, small batches.
 DIGITS = derive(MNIST, epochs=20, batch_size=64, warmup_epochs=1)
-
-RECIPES = {"default": DEFAULT, "mnist": MNIST, "digits": DIGITS}

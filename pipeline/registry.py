@@ -7,14 +7,18 @@ new version only after that version has been read back and has given the trained
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
+import pickle
 import pickletools
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +26,13 @@ import numpy as np
 import torch
 
 from pipeline.config import PipelineError
-from pipeline.tracking import TrackingStore, store_errors
+from pipeline.stores import TrackingStore, reason, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the logits, against the largest one (at least 1)
 LONGEST_DESCRIPTION = 5000  # characters, MLflow's limit
@@ -81,8 +87,8 @@ def register(
         alias: moved to the new version once that has been verified.
 
     Raises:
-        PipelineError: the store refuses, the export holds pickled code, or the version that was
-            read back gives other logits; the alias then stays where it was.
+        PipelineError: store or `torch.export` refuse, the export holds pickled code or gives other
+            logits. After any error the alias is where it was and what was created is deleted.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -93,26 +99,51 @@ def register(
     with (
         store_errors(f"cannot register {name} in {store.uri}"),
         tempfile.TemporaryDirectory(prefix="ternforge-") as scratch,
+        contextlib.ExitStack() as undo,
     ):
         experiment_id = client.get_run(run_id).info.experiment_id
         logged = client.create_logged_model(experiment_id, name, run_id, dict(tags))
+        undo.callback(_delete, client.delete_logged_model, logged.model_id)
         folder = Path(scratch, "model")
-        _save(model, folder, logged, images, logits, preprocessing)
+        with _torch_errors(f"cannot export {name}"):
+            _save(model, folder, logged, images, logits, preprocessing)
         (folder / "model_card.md").write_text(model_card)
-        (folder / "preprocessing.json").write_text(json.dumps(dict(preprocessing), indent=2))
         refuse_pickled_code(folder)
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        version = _create_version(client, name, logged, model_card, tags)
-        try:
+        version = _create_version(client, name, logged, model_card, tags, undo)
+        with _torch_errors(f"version {version} of {name} does not run"):
             _verify(store, name, version, images, logits)
-        except PipelineError:
-            client.delete_model_version(name, version)
-            raise
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         client.set_registered_model_alias(name, alias, version)
+        undo.pop_all()
         size = (folder / "data" / "model.pt2").stat().st_size
     return RegisteredModel(name, int(version), f"models:/{name}@{alias}", size)
+
+
+def _delete(delete: Callable[..., None], *what: str) -> None:
+    """Delete what a failed registration created; the failure itself is what gets reported."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        delete(*what)
+    except (MlflowException, OSError) as error:
+        logger.warning("left behind: %s (%s)", " ".join(what), reason(error))
+
+
+def _delete_empty(client: MlflowClient, name: str) -> None:
+    """Delete a registered model, unless another run has given it a version meanwhile."""
+    if not client.search_model_versions(f"name = '{name}'"):
+        client.delete_registered_model(name)
+
+
+@contextlib.contextmanager
+def _torch_errors(doing: str) -> Iterator[None]:
+    """Turn what torch raises on a graph into a PipelineError that begins with `doing`."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:  # the latter from guards in the graph
+        raise PipelineError(f"{doing}: {reason(error)}") from error
 
 
 def _save(
@@ -137,7 +168,7 @@ def _save(
         model,
         str(folder),
         mlflow_model=Model(
-            artifact_path=logged.artifact_location,
+            artifact_path=f"models:/{logged.model_id}",  # not the folder, which may move
             model_uuid=logged.model_id,
             model_id=logged.model_id,
             run_id=logged.source_run_id,
@@ -149,29 +180,42 @@ def _save(
         pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
         metadata=dict(preprocessing),
     )
-    _drop_example_inputs(folder / "data" / "model.pt2")
+    _strip(folder / "data" / "model.pt2")
+    (folder / "preprocessing.json").write_text(json.dumps(dict(preprocessing), indent=2))
 
 
-def _drop_example_inputs(archive: Path) -> None:
-    """Replace the example batch in a .pt2 archive, a pickle of tensors, by a number.
+def _strip(archive: Path) -> None:
+    """Take out of a .pt2 archive its pickle of tensors and the paths of this machine.
 
-    It is the one member that torch always writes as a pickle. Both torch and MLflow insist on
-    reading it and on one entry per argument, so `((0,), {})` stays: a stream that names no type.
+    The example batch is the one member that torch always writes as a pickle. Both torch and
+    MLflow insist on reading it and on one entry per argument, so `((0,), {})` stays: a stream
+    that names no type. Each node of the graph keeps the stack trace of its making, with the
+    source paths of this checkout; nothing reads that.
     """
     with _no_buffer_warning():
         program = torch.export.load(archive)
     program.example_inputs = ((0,), {})
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
     torch.export.save(program, archive)
 
 
 def _create_version(
-    client: MlflowClient, name: str, logged: LoggedModel, model_card: str, tags: Mapping[str, str]
+    client: MlflowClient,
+    name: str,
+    logged: LoggedModel,
+    model_card: str,
+    tags: Mapping[str, str],
+    undo: contextlib.ExitStack,
 ) -> str:
     """The number of a new version of `name`, which is created if missing."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(name)
+        undo.callback(_delete, partial(_delete_empty, client), name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -184,7 +228,9 @@ def _create_version(
         description=model_card[:LONGEST_DESCRIPTION],
         model_id=logged.model_id,
     )
-    return str(version.version)
+    number = str(version.version)
+    undo.callback(_delete, client.delete_model_version, name, number)
+    return number
 
 
 def _no_buffer_warning() -> warnings.catch_warnings[None]:
@@ -197,12 +243,23 @@ def refuse_pickled_code(folder: Path) -> None:
     for name, content in _members(folder):
         if not content.startswith(PICKLE_START):
             continue
-        try:
-            opcodes = {opcode.name for opcode, _, _ in pickletools.genops(content)}
-        except ValueError:
-            continue  # numbers that begin like a pickle
-        if opcodes & CODE_OPCODES:
+        if _opcodes(content) & CODE_OPCODES:
             raise PipelineError(f"the exported model holds pickled code in {name}")
+
+
+def _opcodes(content: bytes) -> set[str]:
+    """What an unpickler would carry out: up to the end, or to the first byte it cannot read.
+
+    Numbers may begin like a pickle; of most the protocol, the second byte, is one that no
+    unpickler takes.
+    """
+    found: set[str] = set()
+    if content[1:2] > bytes([pickle.HIGHEST_PROTOCOL]):
+        return found
+    with contextlib.suppress(ValueError):
+        for opcode, _, _ in pickletools.genops(content):
+            found.add(opcode.name)
+    return found
 
 
 def _members(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import models
@@ -200,9 +201,9 @@ def summary(result: Result) -> Table:
     table.add_row("MACs", f"{profile.macs:,} per image")
     rate = result.history[-1]["images_per_second"]
     table.add_row("time", f"{duration(result.seconds)}, training at {rate:,.0f} img/s")
-    table.add_row("run", str(result.folder))
+    table.add_row("run", Text(str(result.folder)))
     if result.tracking_uri is not None:
-        table.add_row("MLflow run", f"{result.run_id} in {result.tracking_uri}")
+        table.add_row("MLflow run", Text(f"{result.run_id} in {result.tracking_uri}"))
     if result.model is not None:
         table.add_row("model", result.model.uri)
     return table

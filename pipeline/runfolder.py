@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.config import Experiment, PipelineError
 
 _RECORD = "run.json"
+_KEYS = {"identity", "status", "experiment", "mlflow_run"}
+_UNUSABLE = "damaged or of another version"
 
 
 @dataclass
@@ -116,9 +118,14 @@ def find(experiment: Experiment, identity: str, name: str | None) -> RunFolder:
     """
     runs = _all(experiment)
     if name is not None:
+        name = Path(name).name
+        if not name:
+            raise PipelineError(f"--resume names no run{_listing(runs)}")
         chosen = next((run for run in runs if run.name == name), None)
         if chosen is None:
             raise PipelineError(f"no run {name} of {experiment.name}{_listing(runs)}")
+        if chosen.record["status"] == _UNUSABLE:
+            raise PipelineError(f"{chosen.path / _RECORD} is {_UNUSABLE}; start a new run")
         if chosen.record["identity"] != identity:
             changed = _difference(chosen.record["experiment"], experiment)
             raise PipelineError(f"run {name} cannot be continued, it differs in {changed}")
@@ -139,15 +146,19 @@ def find(experiment: Experiment, identity: str, name: str | None) -> RunFolder:
 
 
 def _all(experiment: Experiment) -> list[RunFolder]:
-    """Runs of the experiment, newest first."""
-    found = []
+    """Runs of the experiment, newest first; one whose record is unusable has that status."""
     parent = experiment.tracking.runs.absolute() / experiment.name
-    for path in sorted(parent.glob(f"*/{_RECORD}"), reverse=True):
-        try:
-            found.append(RunFolder(path.parent, json.loads(path.read_text())))
-        except ValueError:
-            raise PipelineError(f"{path} is damaged; remove {path.parent}") from None
-    return found
+    return [_read(path.parent) for path in sorted(parent.glob(f"*/{_RECORD}"), reverse=True)]
+
+
+def _read(folder: Path) -> RunFolder:
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= _KEYS:
+        record = {"identity": None, "status": _UNUSABLE}
+    return RunFolder(folder, record)
 
 
 def _listing(runs: list[RunFolder]) -> str:

@@ -70,13 +70,12 @@ def run(
     Raises:
         PipelineError: one line that says what the user can mend.
     """
-    check_parts(experiment)
-    launch.check_scaling(experiment)
+    check(experiment)
     with display or Display() as shown:
         store = _open_tracking(experiment)
         manifest = _prepare(experiment, shown)
-        identity = experiment.identity(manifest.fingerprint)
-        if resume:
+        identity = launch.run_identity(experiment, manifest)
+        if resume is not False:
             folder = runfolder.find(experiment, identity, resume if resume is not True else None)
         else:
             folder = runfolder.create(experiment, identity)
@@ -84,8 +83,42 @@ def run(
             return _Run(experiment, shown, manifest, folder, store).go()
         except KeyboardInterrupt:
             raise Interrupted(folder.name) from None
+        except PipelineError as error:
+            # What fails once the weights are there, or for want of a worker, can be continued.
+            if not isinstance(error, launch.TrainingError) or error.transient:
+                error.exit_code, error.run = 1, folder.name
+            raise
         finally:
             folder.release()
+
+
+def check(experiment: Experiment) -> None:
+    """Refuse what cannot run, before anything is written.
+
+    Raises:
+        PipelineError: one line with the nearest right thing.
+    """
+    check_parts(experiment)
+    launch.check_scaling(experiment)
+    dataset, recipe = data_prep.get_dataset(experiment.dataset), experiment.train
+    images = training_images(experiment)
+    if images < recipe.batch_size:
+        raise PipelineError(
+            f"train.batch_size={recipe.batch_size} is more than the {images} training images of "
+            f"{dataset.name}"
+        )
+    if recipe.shift >= dataset.image_size:
+        raise PipelineError(
+            f"train.shift={recipe.shift} moves the whole image out of sight; "
+            f"{dataset.name} has {dataset.image_size} pixels"
+        )
+
+
+def training_images(experiment: Experiment) -> int:
+    """Images of the training split, known without reading it."""
+    if experiment.data.synthetic is not None:
+        return experiment.data.synthetic[0]
+    return data_prep.get_dataset(experiment.dataset).counts["train"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -128,11 +161,6 @@ def _prepare(experiment: Experiment, display: Display) -> Manifest:
     counts = " + ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     seconds = duration(time.monotonic() - started)
     display.stage("prepare", f"{experiment.dataset}: {counts} images, {how} ({seconds})")
-    if manifest.counts["train"] < experiment.train.batch_size:
-        raise PipelineError(
-            f"train.batch_size={experiment.train.batch_size} is more than the "
-            f"{manifest.counts['train']} training images of {experiment.dataset}"
-        )
     return manifest
 
 
@@ -160,6 +188,7 @@ class _Run:
         self.manifest = manifest
         self.folder = folder
         self.started = time.monotonic()
+        self._note_workers()
         self.history: list[dict[str, float]] = []
         self.evaluation: Evaluation | None = None
         self.tracker = self._start_tracking(store) if store is not None else None
@@ -176,6 +205,18 @@ class _Run:
             self.tracker.finish("FINISHED")
         self.folder.update(status="finished", result=report.record(result))
         return result
+
+    def _note_workers(self) -> None:
+        """Say it when a run is continued by another number of workers than began it."""
+        workers = launch.worker_count(self.experiment)
+        before = self.folder.record.get("workers", workers)
+        if workers != before:
+            self.display.note(
+                f"{workers} workers continue what {before} began: the same batches, but batch norm "
+                "sees other shares of them, so the weights will differ a little"
+            )
+        sessions = self.folder.record.get("sessions", 0) + 1
+        self.folder.update(workers=workers, sessions=sessions)
 
     def _start_tracking(self, store: TrackingStore) -> Tracker:
         from pipeline.tracking import Tracker
@@ -297,6 +338,7 @@ class _Run:
             reference=model,
             model_card=report.model_card(result),
             preprocessing=report.preprocessing(dataset),
+            alias="synthetic" if self.experiment.data.synthetic else "candidate",
             tags={
                 "top1": f"{result.evaluation.top1:.3f}",
                 "stored_bytes": str(result.profile.stored_bytes),

@@ -87,6 +87,19 @@ def test_a_run_that_is_stopped_says_how_to_resume_and_does(command_line, undistu
     assert_one_tracked_run(command_line)
 
 
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_at_once_without_restarts(command_line):
+    broken = ("train.lr=1e30", "train.schedule=constant", "train.warmup_epochs=0")
+    process = command_line.start("--experiment", NAME, *UNTRACKED, *broken)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert re.search(
+        r"^error: the loss was not finite at step \d+ \(epoch 1\)", output, re.MULTILINE
+    )
+    assert "restarting" not in output
+    assert "Traceback" not in output
+
+
 def assert_one_tracked_run(command_line):
     from mlflow import MlflowClient
 

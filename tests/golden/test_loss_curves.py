@@ -1,8 +1,9 @@
 """Golden loss curves: a refactor must not move the training of any method.
 
-Each method trains LeNet5 for twenty steps on made-up images. The curves were written by this very
-test with ``TERNFORGE_WRITE_GOLDEN=1``; the tolerance covers other CPUs' rounding, which twenty
-steps do not amplify beyond it.
+The real loop trains LeNet5 for ten epochs of two steps on made-up images. The curves, losses of
+the training and the test split after each epoch, were written by this very test with
+``TERNFORGE_WRITE_GOLDEN=1``; the tolerance covers other CPUs' rounding, which twenty steps do not
+amplify beyond it.
 """
 
 from __future__ import annotations
@@ -16,56 +17,48 @@ import torch
 
 import data_prep
 import models
+from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, Recipe
-from pipeline.loop import build_model, train_step
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline.context import TrainContext
+from pipeline.loop import train
 
 FOLDER = Path(__file__).parent
-STEPS = 20
-RECIPE = Recipe(epochs=2, batch_size=32, lr=0.05, warmup_epochs=0.5, shift=1)
+RECIPE = Recipe(epochs=10, batch_size=32, lr=0.05, warmup_epochs=2, shift=1)
 VARIANTS = [*models.list_methods(), "ternary(expansion=2)", "ternary(expansion=4)"]
 
 
 @pytest.fixture(scope="module")
-def loader(tmp_path_factory):
-    manifest = data_prep.prepare(
-        "digits", prepared=tmp_path_factory.mktemp("golden"), backend="torch", synthetic=(320, 10)
-    )
-    return data_prep.make_loader(
-        manifest,
-        "train",
-        batch_size=RECIPE.batch_size,
-        training=True,
-        augmentation=data_prep.Augmentation(shift=RECIPE.shift),
+def manifest(tmp_path_factory):
+    return data_prep.prepare(
+        "digits", prepared=tmp_path_factory.mktemp("golden"), backend="torch", synthetic=(64, 32)
     )
 
 
-def loss_curve(method: str, loader) -> list[float]:
+def loss_curve(method: str, manifest, folder: Path) -> list[float]:
     experiment = Experiment(
         name="golden", dataset="digits", backbone="lenet5", method=method, train=RECIPE
     )
-    model = build_model(experiment)
-    optimizer = build_optimizer(model, RECIPE)
     losses: list[float] = []
-    for epoch in range(RECIPE.epochs):
-        with loader.epoch(epoch) as batches:
-            for images, labels in batches:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(RECIPE, len(losses), loader.steps_per_epoch)
-                loss, _ = train_step(model, optimizer, images, labels, RECIPE)
-                losses.append(round(loss.item(), 6))
-    return losses
+
+    def take(event):
+        if event["kind"] == "epoch":
+            losses.extend(event["metrics"][key] for key in ("train_loss", "test_loss"))
+
+    context = TrainContext(take)
+    context.device = torch.device("cpu")
+    train(experiment, manifest, CheckpointStore(folder, "golden"), context)
+    return [round(loss, 6) for loss in losses]
 
 
 @pytest.mark.parametrize("method", VARIANTS)
-def test_the_loss_curve_has_not_moved(method, loader):
-    losses = loss_curve(method, loader)
+def test_the_loss_curve_has_not_moved(method, manifest, tmp_path):
+    losses = loss_curve(method, manifest, tmp_path)
     path = FOLDER / f"{method.replace('(', '-').replace(')', '').replace('=', '-')}.json"
     if os.environ.get("TERNFORGE_WRITE_GOLDEN"):
         path.write_text(json.dumps(losses) + "\n")
     assert path.exists(), f"no golden curve of {method}; TERNFORGE_WRITE_GOLDEN=1 writes it"
     golden = json.loads(path.read_text())
-    assert len(losses) == STEPS
+    assert len(losses) == len(golden) == 2 * RECIPE.epochs
     assert torch.allclose(torch.tensor(losses), torch.tensor(golden), rtol=2e-3, atol=2e-3)
 
 

@@ -88,3 +88,9 @@ def test_prepared_files_that_do_not_hold_are_refused(command_line, damage, tmp_p
     line = error_of(command_line, *SMALL, "tracking.enabled=false", mine)
     assert str(folder) in line
     assert "delete the folder" in line
+
+
+def test_a_ray_cluster_that_is_not_there_is_named_at_once(command_line):
+    settings = [word for word in SMALL if "launcher" not in word]
+    line = error_of(command_line, *settings, "tracking.enabled=false", RAY_ADDRESS="127.0.0.1:9")
+    assert "RAY_ADDRESS=127.0.0.1:9" in line

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from docs.write_results import RECORDS, collect, table, with_table
+from pipeline.config import override
+from pipeline.experiments import load_experiment
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
@@ -70,7 +72,7 @@ def test_the_files_it_tells_to_add_are_all_that_a_method_and_a_backbone_need(tmp
     outputs = [run_command(command, house, tmp_path) for command in commands]
     # The sign method stores a bit per weight: 16 x 9 + 32 x 16 x 9 + 10 x 32 weights, 3 layers.
     assert "sign" in outputs[0]
-    assert "models:/digits_tiny_sign@candidate" in outputs[1]
+    assert "models:/digits_tiny_sign@synthetic" in outputs[1]
 
 
 def test_its_python_runs(tmp_path):
@@ -96,18 +98,29 @@ def test_its_table_is_made_of_the_records():
     assert {"digits_lenet5", "digits_lenet5_ternary", "mnist_lenet5_ternary"} <= set(records)
 
 
-def test_the_table_takes_the_newest_finished_run(tmp_path):
-    def write(stamp: str, status: str, top1: float) -> None:
-        result = {**json.loads(RECORDS.read_text())["digits_lenet5"], "top1": top1}
+def test_the_table_takes_the_newest_finished_run_as_cataloged(tmp_path):
+    experiment = load_experiment("digits_lenet5")
+
+    def write(stamp: str, top1: float, status="finished", sessions=1, overrides=()) -> None:
+        record = {
+            "status": status,
+            "sessions": sessions,
+            "experiment": override(experiment, overrides).model_dump(mode="json"),
+            "result": {**json.loads(RECORDS.read_text())["digits_lenet5"], "top1": top1},
+        }
         folder = tmp_path / "digits_lenet5" / stamp
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"status": status, "result": result}))
+        (folder / "run.json").write_text(json.dumps(record))
 
-    write("20260101-000000-a", "finished", 11.0)
-    write("20260102-000000-a", "finished", 22.0)
-    write("20260103-000000-a", "started", 33.0)
-    assert "22.00" in table(collect(tmp_path))
-    assert "11.00" not in table(collect(tmp_path))
+    write("20260101", 11.0)
+    write("20260102", 22.0)
+    write("20260103", 33.0, status="started")
+    write("20260104", 44.0, sessions=2)
+    write("20260105", 55.0, overrides=["data.synthetic=[64,16]"])
+    write("20260106", 66.0, overrides=["train.epochs=1"])
+    write("20260107", 77.0, overrides=["method=ternary"])
+    assert collect(tmp_path)["digits_lenet5"]["top1"] == 22.0
+    assert "| 22.00 |" in table(collect(tmp_path))
 
 
 def test_every_file_of_the_house_is_in_its_tree():

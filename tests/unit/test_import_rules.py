@@ -40,13 +40,24 @@ LIBRARIES = {
 # The only files that may import a library.
 HOMES = {
     "ray": ("pipeline/launch.py", "pipeline/context.py", "tune/*", "infra/*"),
-    "mlflow": ("pipeline/tracking.py", "pipeline/registry.py"),
+    "mlflow": ("pipeline/stores.py", "pipeline/tracking.py", "pipeline/registry.py"),
     "ffcv": ("data_prep/convert.py", "data_prep/loaders.py"),
     "numba": ("data_prep/loaders.py",),  # FFCV's compiler
     "sklearn": ("data_prep/sources.py",),
 }
 # Libraries that are imported inside functions, so that what does not need them works without.
-LAZY = {"ffcv", "numba", "sklearn"}
+LAZY = {"ffcv", "mlflow", "numba", "ray", "sklearn"}
+# Packages that are imported inside functions as a whole.
+LAZY_PACKAGES = {"tune", "infra"}
+# The only files that may import a module by a name that is not written there.
+DYNAMIC = {
+    "data_prep/__init__.py",
+    "models/__init__.py",
+    "models/registry.py",
+    "pipeline/experiments/__init__.py",
+}
+# Builtins that could import without being seen here.
+HIDING = {"exec", "eval", "__import__"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,18 @@ class ImportReader(ast.NodeVisitor):
     def __init__(self, path: str) -> None:
         self.package = Path(path).parent.parts
         self.found: list[Import] = []
+        self.hidden: list[tuple[int, str]] = []
+        self.dynamic: list[int] = []
         self.lazy = False
         self.checked = False
 
     def add(self, module: str, line: int) -> None:
         self.found.append(Import(module, line, self.lazy, self.checked))
+        if module.split(".")[0] == "builtins":
+            self.hidden.append((line, "builtins must not be imported"))
+
+    def hide(self, name: str, line: int) -> None:
+        self.hidden.append((line, f"{name} could import anything"))
 
     def visit_Import(self, node: ast.Import) -> None:
         for name in node.names:
@@ -80,19 +98,42 @@ class ImportReader(ast.NodeVisitor):
         module = ".".join([*above, *([node.module] if node.module else [])])
         for name in node.names:
             self.add(f"{module}.{name.name}", node.lineno)
+            if name.name == "import_module" and name.asname:
+                self.hide("import_module under another name", node.lineno)
 
     def visit_Call(self, node: ast.Call) -> None:
-        function = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
-        name = function.id if isinstance(function, ast.Name) else function
-        if name in ("import_module", "__import__") and node.args:
-            module = node.args[0]
-            if isinstance(module, ast.Constant) and isinstance(module.value, str):
-                self.add(module.value, node.lineno)
+        match node.func:
+            case ast.Name(id="import_module") | ast.Attribute(attr="import_module"):
+                self.add_call(node)
+                for argument in (*node.args, *node.keywords):
+                    self.visit(argument)
+            case _:
+                self.generic_visit(node)
+
+    def add_call(self, node: ast.Call) -> None:
+        modules = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "name")]
+        match modules:
+            case [ast.Constant(value=str() as module)] if not module.startswith("."):
+                self.add(module, node.lineno)
+            case _:
+                self.dynamic.append(node.lineno)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in HIDING | {"import_module"}:
+            self.hide(node.id, node.lineno)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in ("import_module", "__import__"):
+            self.hide(node.attr, node.lineno)
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        # Decorators and default values are computed with the definition, not with the call.
+        for part in (*node.decorator_list, node.args):
+            self.visit(part)
         outside, self.lazy = self.lazy, True
-        self.generic_visit(node)
+        for statement in node.body:
+            self.visit(statement)
         self.lazy = outside
 
     visit_AsyncFunctionDef = visit_FunctionDef
@@ -130,7 +171,8 @@ def problems_of(path: str, imported: Import) -> Iterator[str]:
         yield f"{package} must not import {library}"
     if not any(fnmatch(path, home) for home in HOMES.get(library, ("*",))):
         yield f"only {', '.join(HOMES[library])} may import {library}"
-    if library in LAZY and not (imported.lazy or imported.checked):
+    at_once = not (imported.lazy or imported.checked or package in LAZY_PACKAGES)
+    if library in LAZY and at_once:
         yield f"{library} must be imported inside a function"
 
 
@@ -138,11 +180,15 @@ def problems(path: str, source: str) -> list[str]:
     """What breaks the rules in `source`, as lines `path:line: what`."""
     reader = ImportReader(path)
     reader.visit(ast.parse(source))
-    return [
-        f"{path}:{imported.line}: {problem}"
+    found = [
+        (imported.line, problem)
         for imported in reader.found
         for problem in problems_of(path, imported)
     ]
+    found += reader.hidden
+    if path not in DYNAMIC:
+        found += [(line, "the imported module must be written out") for line in reader.dynamic]
+    return [f"{path}:{line}: {problem}" for line, problem in found]
 
 
 @pytest.mark.parametrize("path", SOURCES)
@@ -168,6 +214,27 @@ def test_source_keeps_the_import_rules(path: str) -> None:
         ("pipeline/loop.py", "def f():\n    import mlflow.pytorch", "may import mlflow"),
         ("pipeline/loop.py", "import_module('mlflow')", "may import mlflow"),
         ("pipeline/loop.py", "importlib.import_module('ray.train')", "may import ray"),
+        ("pipeline/loop.py", "import_module(name='ray')", "may import ray"),
+        ("pipeline/loop.py", "import_module(package=None, name='ray')", "may import ray"),
+        ("pipeline/loop.py", "from importlib import import_module as load", "another name"),
+        ("pipeline/loop.py", "load = importlib.import_module", "import_module could import"),
+        ("pipeline/loop.py", "list(map(import_module, ['ray']))", "import_module could import"),
+        ("pipeline/loop.py", "import_module(NAME)", "module must be written out"),
+        ("pipeline/loop.py", "import_module(f'{library}.train')", "module must be written out"),
+        ("pipeline/loop.py", "import_module('.train', 'ray')", "module must be written out"),
+        ("pipeline/loop.py", "import_module(*names)", "module must be written out"),
+        ("pipeline/loop.py", "import_module(**names)", "module must be written out"),
+        ("pipeline/loop.py", "def f():\n    exec('import ray')", "exec could import anything"),
+        ("pipeline/loop.py", "eval('__import__(\"ray\")')", "eval could import anything"),
+        ("pipeline/loop.py", "run = exec", "exec could import anything"),
+        ("pipeline/loop.py", "__import__('ray')", "__import__ could import anything"),
+        ("pipeline/loop.py", "from builtins import exec as run", "builtins must not be imported"),
+        ("pipeline/launch.py", "import ray", "ray must be imported inside a function"),
+        ("pipeline/context.py", "from ray import train", "ray must be imported inside a function"),
+        ("pipeline/tracking.py", "import mlflow", "mlflow must be imported inside a function"),
+        ("pipeline/launch.py", "def f(x=import_module('ray')): ...", "ray must be imported inside"),
+        ("pipeline/launch.py", "if not TYPE_CHECKING:\n    import ray", "ray must be imported"),
+        ("pipeline/launch.py", "if TYPE_CHECKING:\n    x\nelse:\n    import ray", "inside a func"),
         ("pipeline/cli.py", "import tune", "pipeline must not import tune"),
         ("pipeline/loop.py", "def f():\n    import tune", "pipeline must not import tune"),
         ("tune/search.py", "import models", "tune must not import models"),
@@ -188,7 +255,12 @@ def test_offending_import_is_found(path: str, source: str, expected: str) -> Non
         ("data_prep/convert.py", "def f():\n    from ffcv.writer import DatasetWriter"),
         ("data_prep/loaders.py", "if TYPE_CHECKING:\n    from ffcv.loader import Loader"),
         ("pipeline/cli.py", "def search():\n    from tune import search"),
-        ("pipeline/launch.py", "import ray"),
+        ("data_prep/__init__.py", "from importlib import import_module\nimport_module(NAME)"),
+        ("pipeline/launch.py", "def f():\n    import ray"),
+        ("pipeline/launch.py", "def f():\n    importlib.import_module('ray')"),
+        ("pipeline/context.py", "if TYPE_CHECKING:\n    from ray.actor import ActorHandle"),
+        ("pipeline/tracking.py", "def f():\n    from mlflow import MlflowClient"),
+        ("pipeline/evaluate.py", "model.eval()"),
         ("tune/search.py", "from ray import tune"),
     ],
 )

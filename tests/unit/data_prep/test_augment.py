@@ -87,6 +87,18 @@ def test_an_image_is_augmented_the_same_in_any_batch_and_differently_in_another_
     assert (other == together).all(axis=(1, 2, 3)).mean() < 0.2
 
 
+def test_augmentation_depends_on_the_seed() -> None:
+    images = RANDOM.randint(0, 256, (64, 8, 8, 1)).astype(np.uint8)
+    for augmentation in (Augmentation(shift=2), Augmentation(flip=True)):
+        one, other = (augmentation.apply(images, np.arange(64), seed, epoch=3) for seed in (7, 8))
+        assert (one == other).all(axis=(1, 2, 3)).mean() < 0.8
+
+
+@pytest.mark.parametrize(("seed", "same"), [(-1, 2**64 - 1), (2**64 + 5, 5), (2**100 + 5, 5)])
+def test_any_whole_number_is_a_seed(seed: int, same: int) -> None:
+    assert np.array_equal(epoch_order(100, seed, epoch=0), epoch_order(100, same, epoch=0))
+
+
 def test_no_augmentation_changes_nothing() -> None:
     images = RANDOM.randint(0, 256, (3, 4, 4, 1)).astype(np.uint8)
     assert Augmentation().apply(images, np.arange(3), seed=0, epoch=0) is images

@@ -4,17 +4,21 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import DataError, Manifest, get_dataset, plan, prepare
+from data_prep import DataError, Manifest, convert, get_dataset, loaders, plan, prepare
+from data_prep import manifest as prepared_files
 from data_prep.__main__ import main
+from data_prep.convert import Progress
+from data_prep.datasets import one_line_for_os_errors
 from data_prep.loaders import open_split
-from data_prep.sources import read
+from data_prep.sources import Split, read
 
 BACKENDS = ["ffcv", "torch"]
 SMALL = (70, 30)
@@ -195,11 +199,162 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         prepare("digits", prepared=blocker / "prepared", synthetic=SMALL)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_write_permission_is_one_line(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(DataError, match="Permission denied"):
-        prepare("digits", prepared=tmp_path, synthetic=SMALL)
+OrdinaryUser = Callable[[], AbstractContextManager[None]]
+
+
+def test_no_write_permission_is_one_line(public_folder: Path, without_root: OrdinaryUser) -> None:
+    public_folder.chmod(0o555)
+    with without_root(), pytest.raises(DataError) as caught:
+        prepare("digits", prepared=public_folder, synthetic=SMALL)
+    line = str(caught.value)
+    assert line.startswith(f"cannot prepare digits: {public_folder}/")
+    assert line.endswith(": Permission denied") and "\n" not in line
+
+
+@pytest.mark.parametrize("work", [prepare, plan])
+def test_a_folder_that_cannot_be_looked_into_is_one_line(
+    work: Callable[..., object], public_folder: Path, without_root: OrdinaryUser
+) -> None:
+    locked = public_folder / "locked"
+    locked.mkdir(mode=0)
+    message = f"^cannot prepare digits: {locked}/.*: Permission denied$"
+    with without_root(), pytest.raises(DataError, match=message):
+        work("digits", prepared=locked / "prepared", synthetic=SMALL)
+    message = f"^cannot prepare mnist: {locked}/.*: Permission denied$"
+    with without_root(), pytest.raises(DataError, match=message):
+        work("mnist", prepared=public_folder, root=locked)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prepared_file_that_cannot_be_read_is_one_line(
+    backend: str, public_folder: Path, without_root: OrdinaryUser
+) -> None:
+    manifest = prepare("digits", prepared=public_folder, backend=backend, synthetic=SMALL)
+    path = manifest.folder / manifest.files["test"][0].name
+    path.chmod(0)
+    message = f"^cannot prepare digits: {path}: Permission denied$"
+    with without_root(), pytest.raises(DataError, match=message):
+        prepare("digits", prepared=public_folder, backend=backend, synthetic=SMALL)
+
+
+def test_an_error_without_a_reason_of_the_system_says_its_own(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match=f"^cannot read: {tmp_path}: not seekable$"),
+        one_line_for_os_errors("cannot read", tmp_path),
+    ):
+        raise OSError("not seekable")
+
+
+@pytest.mark.parametrize("work", [prepare, plan])
+@pytest.mark.parametrize("counts", [(0, 0), (5, 0), (-1, 5)])
+def test_a_split_without_images_is_refused(
+    counts: tuple[int, int], work: Callable[..., object], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"cannot generate .* each split needs at least 1"):
+        work("digits", prepared=tmp_path, synthetic=counts)
+    assert list(tmp_path.iterdir()) == []
+
+
+Writer = Callable[[Path, str, Split, Progress], list[Path]]
+WRITERS = {"ffcv": "_write_beton", "torch": "_write_arrays"}
+
+
+def wrong_pixel(split: Split) -> Split:
+    images = split.images.copy()
+    images[-1, -1, -1, -1] ^= 1
+    return Split(images, split.labels)
+
+
+def wrong_label(split: Split) -> Split:
+    labels = split.labels.copy()
+    labels[-1] ^= 1
+    return Split(split.images, labels)
+
+
+def one_missing(split: Split) -> Split:
+    return Split(split.images[:-1], split.labels[:-1])
+
+
+def one_image_missing(split: Split) -> Split:
+    return Split(split.images[:-1], split.labels)
+
+
+def let_write(monkeypatch: pytest.MonkeyPatch, backend: str, fault: Callable[[Split], Split]):
+    """Let the real writer of a backend write something else than it was given."""
+    writer: Writer = getattr(convert, WRITERS[backend])
+
+    def faulty(folder: Path, name: str, split: Split, tell: Progress) -> list[Path]:
+        return writer(folder, name, fault(split), tell)
+
+    monkeypatch.setattr(convert, WRITERS[backend], faulty)
+
+
+@pytest.mark.parametrize(
+    ("backend", "fault", "line"),
+    [
+        ("ffcv", wrong_pixel, "train.beton: images 0 to 69 read back are not those written"),
+        ("torch", wrong_pixel, "train-images.npy: images 0 to 69 read back are not those written"),
+        ("ffcv", wrong_label, "train.beton: the labels read back are not those"),
+        ("torch", wrong_label, "train-images.npy: the labels read back are not those"),
+        ("ffcv", one_missing, "train.beton: the labels read back are not those"),
+        ("torch", one_missing, "train-images.npy: the labels read back are not those"),
+        ("torch", one_image_missing, "train-images.npy has 69 images for 70 labels"),
+    ],
+)
+def test_what_a_writer_wrote_wrong_is_found_and_nothing_is_left(
+    backend: str,
+    fault: Callable[[Split], Split],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    let_write(monkeypatch, backend, fault)
+    with pytest.raises(DataError, match=line):
+        prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_reader_that_ends_early_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ShortReader(loaders.ArrayReader):
+        def read(self, order: loaders.Indices) -> Generator[loaders.Images]:
+            return super().read(order[:-1])
+
+    monkeypatch.setattr(loaders, "ArrayReader", ShortReader)
+    with pytest.raises(DataError, match="69 images could be read back instead of 70"):
+        prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL)
+
+
+def test_large_splits_are_verified_by_samples_over_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "_FULLY_VERIFIED_BYTES", 1 << 16)
+    monkeypatch.setattr(convert, "_VERIFIED_SAMPLES", 7)
+    told: dict[str, int] = {}
+    prepare(
+        "digits",
+        prepared=tmp_path / "right",
+        backend="torch",
+        synthetic=SMALL,
+        progress=lambda stage, done, total: told.update({stage: total}),
+    )
+    assert told["verify train"] == 7  # 70 images of 1,024 bytes are more than 64 KiB
+    assert told["verify test"] == 30  # 30 are not
+    let_write(monkeypatch, "torch", wrong_pixel)  # of the last image, which is a sample
+    with pytest.raises(DataError, match="images 0 to 69 read back are not those written"):
+        prepare("digits", prepared=tmp_path / "wrong", backend="torch", synthetic=SMALL)
+
+
+def test_a_large_file_is_hashed_again_only_when_its_time_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL)
+    path = manifest.folder / manifest.files["test"][0].name
+    line = damage_bit_with_old_time(manifest)
+    monkeypatch.setattr(prepared_files, "_ALWAYS_HASHED_BYTES", path.stat().st_size - 1)
+    assert prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL).reused
+    os.utime(path)
+    with pytest.raises(DataError, match=line):
+        prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL)
 
 
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:

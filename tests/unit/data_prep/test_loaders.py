@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,37 @@ def test_torch_keeps_its_thread_count(digits: Manifest) -> None:
 def test_a_batch_that_cannot_be_shared_is_one_line(digits: Manifest) -> None:
     with pytest.raises(DataError, match="a batch of 10 images cannot be shared by 4 ranks"):
         training_loader(digits, batch_size=10, world_size=4)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_rank_outside_the_world_is_one_line(digits: Manifest, rank: int, world_size: int) -> None:
+    with pytest.raises(DataError, match=f"rank {rank} of {world_size}: ranks go from 0 to"):
+        training_loader(digits, rank=rank, world_size=world_size)
+
+
+def test_order_and_augmentation_depend_on_the_seed_of_the_loader(digits: Manifest) -> None:
+    def labels(seed: int) -> torch.Tensor:
+        plain = training_loader(digits, seed=seed, augmentation=None)
+        return torch.cat([labels for _, labels in batches_of(plain)])
+
+    assert torch.equal(labels(4), labels(4)) and not torch.equal(labels(4), labels(5))
+    in_order = {"training": False, "batch_size": 64}
+    first, again, other = (
+        batches_of(training_loader(digits, seed=seed, **in_order)) for seed in (4, 4, 5)
+    )
+    assert same(first, again) and not same(first, other)
+
+
+def test_an_unreadable_file_is_one_line(
+    public_folder: Path, without_root: Callable[[], AbstractContextManager[None]]
+) -> None:
+    for backend in ("ffcv", "torch"):
+        manifest = prepare("digits", prepared=public_folder, backend=backend, synthetic=(40, 20))
+        path = manifest.folder / manifest.files["train"][0].name
+        path.chmod(0)
+        message = f"cannot read the train split: {path}: Permission denied"
+        with without_root(), pytest.raises(DataError, match=message):
+            training_loader(manifest, batch_size=10)
 
 
 def test_a_batch_larger_than_the_split_is_one_line(digits: Manifest) -> None:

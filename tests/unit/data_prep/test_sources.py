@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
 import os
 import shutil
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import MNIST
 
-from data_prep import DATASETS, DataError, get_dataset
-from data_prep.sources import generate, read
+from data_prep import DATASETS, DataError, Dataset, get_dataset, sources
+from data_prep.sources import Split, generate, read
 
 MNIST_FILES = get_dataset("mnist").raw_files
 
@@ -88,8 +93,26 @@ def test_mnist_is_what_its_files_say(tmp_path: Path) -> None:
         assert np.bincount(splits[split].labels).tolist() == MNIST_HISTOGRAM[split]
 
 
+@needs_data
+def test_unpacked_files_of_mnist_are_read_as_the_packed_ones(tmp_path: Path) -> None:
+    source = Path(os.environ["TERNFORGE_DATA"]) / "mnist" / "MNIST" / "raw"
+    raw = tmp_path / "root" / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in MNIST_FILES:
+        packed = source / Path(name).name
+        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    scratch = [tmp_path / "packed", tmp_path / "unpacked"]
+    for folder in scratch:
+        folder.mkdir()
+    expected = read(get_dataset("mnist"), None, scratch[0])
+    unpacked = read(get_dataset("mnist"), tmp_path / "root", scratch[1])
+    for split in ("train", "test"):
+        assert np.array_equal(unpacked[split].images, expected[split].images)
+        assert np.array_equal(unpacked[split].labels, expected[split].labels)
+
+
 @pytest.fixture
-def small_mnist(tmp_path: Path) -> Path:
+def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with unpacked files in MNIST's format: 50 images to train, 20 to test."""
     raw = tmp_path / "root" / "mnist" / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -98,6 +121,8 @@ def small_mnist(tmp_path: Path) -> Path:
         images = random.randint(0, 256, (count, 28, 28))
         write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(count) % 10)
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in raw.iterdir()}
+    monkeypatch.setattr(sources, "_UNPACKED_MNIST", sums)
     return tmp_path / "root"
 
 
@@ -118,16 +143,34 @@ def test_a_count_that_is_not_that_of_the_row_is_an_error(small_mnist: Path, tmp_
         read(get_dataset("mnist"), small_mnist, scratch)
 
 
-def test_a_cut_unpacked_file_is_an_error_that_names_its_folder(
-    small_mnist: Path, tmp_path: Path
+@pytest.mark.parametrize("number", range(4))
+def test_one_wrong_bit_in_an_unpacked_file_is_an_error_that_names_it(
+    number: int, small_mnist: Path, tmp_path: Path
 ) -> None:
-    images = small_mnist / "mnist" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:10_000])
+    damaged = (small_mnist / "mnist" / MNIST_FILES[number]).with_suffix("")
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    with pytest.raises(DataError, match="raw is damaged") as caught:
+    with pytest.raises(DataError, match=rf"^{damaged} is damaged .* replace the file$"):
         read(get_dataset("mnist"), small_mnist, scratch)
-    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("label", "found"), [(-1, "-1 to 9"), (10, "0 to 10")])
+def test_a_label_without_a_class_is_an_error(
+    label: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = sources.READERS["digits"]
+
+    def mislabeled(dataset: Dataset, folder: Path, scratch: Path) -> dict[str, Split]:
+        splits = digits(dataset, folder, scratch)
+        splits["test"].labels[5] = label
+        return splits
+
+    monkeypatch.setitem(sources.READERS, "digits", mislabeled)
+    with pytest.raises(DataError, match=f"the test split has labels from {found}, not from 0 to 9"):
+        read(get_dataset("digits"), None, tmp_path)
 
 
 @needs_data
@@ -188,6 +231,89 @@ def test_missing_files_are_downloaded_whole_into_the_root(
     )
     assert all((raw / path.name).read_bytes() == path.read_bytes() for path in source.iterdir())
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def rude_server() -> Iterator[Callable[[bytes], str]]:
+    """Start web servers that give one answer, whatever they are asked, and hang up."""
+    listeners = []
+
+    def start(answer: bytes) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed at the end
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(10_000)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"SSH-2.0-nonsense\r\n", "SSH-2.0-nonsense"),  # BadStatusLine
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",  # IncompleteRead
+            "IncompleteRead",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab", "not found or corrupted"),
+    ],
+)
+def test_a_server_that_answers_nonsense_is_one_line(
+    answer: bytes,
+    reason: str,
+    rude_server: Callable[[bytes], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(MNIST, "mirrors", [rude_server(answer)])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(DataError, match=rf"cannot be downloaded \(.*{reason}") as caught:
+        read(get_dataset("mnist"), tmp_path / "root", scratch)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "root").exists()
+
+
+def test_two_that_place_the_same_file_at_once_both_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, target = tmp_path / "whole", tmp_path / "root" / "file"
+    whole.write_bytes(bytes(range(256)) * 1000)
+    target.parent.mkdir()
+    both_have_copied = threading.Barrier(2, timeout=30)
+    replace_file = Path.replace
+
+    def replace_together(path: Path, to: Path) -> Path:
+        both_have_copied.wait()
+        return replace_file(path, to)
+
+    monkeypatch.setattr(Path, "replace", replace_together)
+    with ThreadPoolExecutor(2) as pool:
+        for placed in [pool.submit(sources._place, whole, target) for _ in range(2)]:
+            placed.result()
+    assert target.read_bytes() == whole.read_bytes()
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_that_cannot_be_placed_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "whole").touch()
+    target = tmp_path / "root" / "file"
+    target.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        sources._place(tmp_path / "whole", target)
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -34,6 +34,11 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first.get_parameter("fc1.weight"), lenet5().get_parameter("fc1.weight"))
 
 
+def test_any_whole_number_is_a_seed() -> None:
+    assert same_weights(lenet5(seed=2**64 + 3), lenet5(seed=3))
+    assert same_weights(lenet5(seed=-1), lenet5(seed=2**64 - 1))
+
+
 def test_building_leaves_the_global_random_state_alone() -> None:
     state = torch.get_rng_state()
     lenet5("ternary")
@@ -72,6 +77,8 @@ def test_first_and_last_layer_can_stay_float() -> None:
         ("lenet5", "ternay", "unknown method 'ternay' \\(did you mean 'ternary'\\?\\)"),
         ("lenet5+lenet5", "float", "cannot read 'lenet5\\+lenet5'"),
         ("lenet5(width=0)", "float", "width must be at least 1, not 0"),
+        ("lenet5(width=100000)", "float", "cannot be built: .*can't allocate memory"),
+        (f"lenet5(width={10**30})", "float", "cannot be built: .*Overflow"),
         ("lenet5(num_classes=3)", "float", "num_classes follows from the data"),
         ("lenet5", "ternary-x3", "no short form 'x3'.*ternary-x2, ternary-x4"),
         ("lenet5", "ternary-x4(expansion=2)", "already sets expansion"),
@@ -85,8 +92,9 @@ def test_first_and_last_layer_can_stay_float() -> None:
 def test_what_cannot_be_built_is_refused_with_a_reason(
     backbone: str, method: str, reason: str
 ) -> None:
-    with pytest.raises(ModelError, match=reason):
+    with pytest.raises(ModelError, match=reason) as caught:
         create_model(backbone, method, num_classes=10, in_channels=1, image_size=28)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", ["num_classes", "in_channels", "image_size"])

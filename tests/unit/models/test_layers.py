@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import apply_method
+from models import apply_method, fold, quantized_layers
 from models.layers import QuantizedConv2d, QuantizedLinear, quantize
 from models.quantizers import TernaryQuantizer
 
@@ -95,6 +95,29 @@ def test_layer_equals_the_functional_form_with_the_quantized_weight(
     expected = torch.func.functional_call(reference, weights, inputs)
     assert torch.equal(result(inputs), expected)
     assert torch.equal(result.folded()(inputs), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Linear(5, 3)])
+def test_a_folded_layer_adds_the_bias_as_often_as_forward_did(
+    layer: nn.Conv2d | nn.Linear,
+) -> None:
+    net = apply_method(nn.Sequential(layer), "ternary(expansion=4, original=true)")
+    assert layer.bias is not None
+    zeros = torch.zeros((1, 4, 3, 3) if isinstance(layer, nn.Conv2d) else (1, 5))
+    torch.testing.assert_close(fold(net)(zeros).flatten(), 4 * layer.bias)
+    inputs = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fold(net)(inputs), net(inputs))
+
+
+@pytest.mark.parametrize(("method", "kept"), [("ternary", True), ("ternary(original=true)", False)])
+def test_a_weight_at_the_negative_edge_is_kept_but_in_the_original(method: str, kept: bool) -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    weight = torch.tensor([[1.0, 0.05, -0.05, -0.3]])
+    weight[0, 1], weight[0, 2] = 0.05 * weight.max(), -(0.05 * weight.max())
+    layer.load_state_dict({"weight": weight})
+    ((_, quantized),) = quantized_layers(apply_method(nn.Sequential(layer), method))
+    signs = quantized.quantized_weight().sign()
+    assert signs.tolist() == [[1, 1, -1 if kept else 0, -1]]
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(2, 3, 3), nn.Linear(4, 5, bias=False)])

@@ -129,6 +129,13 @@ def test_stored_bytes_count_codes_scales_and_the_float_rest(expansion: int, bits
     assert result.ratio == result.float32_bytes / result.stored_bytes
 
 
+def test_codes_are_filled_up_to_a_whole_byte_per_layer() -> None:
+    # 9 weights of 2 bits are 18 bits: 3 bytes; the scale and the bias are float32.
+    first, second = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3, bias=False)
+    result = profile(apply_method(nn.Sequential(first, second), "ternary"), 8)
+    assert [layer.stored_bytes for layer in result.layers] == [3 + 4 + 4, 3 + 4]
+
+
 def test_density_is_the_share_of_non_zero_weights_that_are_used() -> None:
     model = create_model("lenet5", "ternary", num_classes=10, in_channels=1, image_size=28)
     result = profile(model, 28)
@@ -170,6 +177,9 @@ def test_grouped_convolutions_count_the_operations_they_do() -> None:
     result = profile(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4, bias=False)), 5)
     assert result.macs == 9 * 8 * 9
     assert result.layers[0].kind == "depthwise"
+    result = profile(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, bias=False)), 5)
+    assert result.macs == 9 * 6 * (2 * 9)
+    assert result.layers[0].kind == "spatial"
 
 
 def test_the_profile_is_plain_data_for_json() -> None:
@@ -188,5 +198,8 @@ def test_a_network_that_does_not_take_the_image_is_one_clear_line() -> None:
     with pytest.raises(ModelError, match="LeNet5 does not take images of 1x20x20: ") as caught:
         profile(lenet, 20)
     assert "\n" not in str(caught.value)
+    flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.BatchNorm2d(2))
+    with pytest.raises(ModelError, match="does not take images of 1x28x28: expected 4D input"):
+        profile(flat, 28)
     with pytest.raises(ModelError, match="no convolution"):
         profile(nn.Linear(2, 2), 28)

@@ -68,6 +68,12 @@ def test_the_newest_is_found_and_only_so_many_are_kept(tmp_path):
     assert names == ["epoch-0009", "epoch-0010", "epoch-0011"]
 
 
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
+    store = saved(tmp_path)
+    (tmp_path / "epoch-backup").mkdir()
+    assert store.newest(pytest.fail) == 2
+
+
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert CheckpointStore(tmp_path / "none", "identity").newest(pytest.fail) is None
 
@@ -165,8 +171,8 @@ def test_a_writer_killed_at_any_time_leaves_only_whole_checkpoints(tmp_path):
     assert state["epoch"] == newest
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_untouched(tmp_path):
-    """A folder that cannot be written stands for any failure in the middle of a save."""
+def test_a_failure_in_the_middle_of_a_save_leaves_the_last_checkpoint_untouched(tmp_path):
+    """The tensors are on disk when the metrics turn out not to be JSON."""
     store = saved(tmp_path, epochs=1)
     model, optimizer = small_training()
     bad = Progress(2, 2, [{"train_loss": float("nan")}])

@@ -48,6 +48,13 @@ def error_of(capsys, *arguments: str) -> str:
         (["--experiment", "digits_lenet5", "--yaml"], ["--describe"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--list", "cifar*"], ["cifar*"]),
+        (["--list", "train.epochs=3"], ["--list goes alone"]),
+        (["--list", "--experiment", "x"], ["--list goes alone"]),
+        (["--describe", "digits_lenet5", "--resume"], ["--resume"]),
+        (["--experiment", "digits_lenet5", "--resume", "--dry-run"], ["--resume"]),
+        (["--describe", "digits_lenet5", "--dry-run"], ["not both"]),
+        (["--experiment", "digits_lenet5", "train.batch_size=2000"], ["1437 training images"]),
+        (["--experiment", "digits_lenet5", "train.shift=32"], ["train.shift=32"]),
         (["--experiment", "digits_lenet5", "scaling.workers=3", "--dry-run"], ["multiple of 3"]),
         (["--experiment", "digits_lenet5", "train.batch_size=2", "--dry-run"], ["batch norm", "4"]),
     ],
@@ -95,7 +102,7 @@ def test_describe_yaml_is_what_config_reads(capsys):
         "mnist_lenet5", ["train.epochs=7"]
     )
     Path("mine.yaml").write_text(text)
-    assert main(["--config", "mine.yaml", "train.epochs=8", "--describe", "mnist_lenet5"]) == 2
+    assert main(["--config", "mine.yaml", "--describe", "mnist_lenet5"]) == 2
     assert main(["--config", "mine.yaml", "train.epochs=8", "--dry-run"]) == 0
 
 
@@ -150,9 +157,28 @@ def test_no_arguments_show_the_help(capsys):
     assert "--experiment" in capsys.readouterr().out
 
 
+def test_a_dry_run_shows_no_password(capsys):
+    uri = "tracking.uri=http://ann:secret@host:5000"
+    assert main(["--experiment", "digits_lenet5", "--dry-run", uri]) == 0
+    shown = capsys.readouterr().out
+    assert "http://host:5000" in shown
+    assert "secret" not in shown
+
+
+def test_brackets_in_a_folder_are_no_markup(capsys):
+    assert main(["--experiment", "digits_lenet5", "--dry-run", "data.prepared=a[/x]"]) == 0
+    assert "a[/x]/digits" in capsys.readouterr().out
+
+
 def test_the_smoke_form_keeps_network_method_and_optimizer():
     experiment = load_experiment("mnist_lenet5_ternary-x2")
     small = smoke(experiment)
     assert (small.backbone, small.method) == (experiment.backbone, experiment.method)
     assert small.train.optimizer == experiment.train.optimizer
     assert small.tracking.runs != experiment.tracking.runs
+
+
+def test_a_smoke_run_keeps_away_from_the_store_of_real_runs(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////real/mlflow.db")
+    small = smoke(load_experiment("digits_lenet5"))
+    assert small.tracking.uri == f"sqlite:///{Path.cwd()}/runs/smoke/mlflow.db"

@@ -5,6 +5,7 @@ import pytest
 from pipeline.config import (
     Experiment,
     PipelineError,
+    build_experiment,
     flatten,
     load_yaml,
     override,
@@ -53,7 +54,7 @@ def test_overrides_reach_every_level_and_type():
         ("train.epochs=three", ["train.epochs='three'", "integer"]),
         ("train.epochs=2.5", ["train.epochs=2.5", "integer"]),
         ("train.lr=-1", ["train.lr", "greater than 0"]),
-        ("train.lr=.inf", ["train.lr", "finite"]),
+        ("train.lr=inf", ["train.lr", "finite"]),
         ("train.optimizer=sdg", ["train.optimizer='sdg'", "'sgd'"]),
         ("train.nesterov=maybe", ["train.nesterov='maybe'", "boolean"]),
         ("train.milestones=[3,1]", ["train.milestones", "rise"]),
@@ -64,6 +65,11 @@ def test_overrides_reach_every_level_and_type():
         ("data.synthetic=[1]", ["data.synthetic"]),
         ("name=other", ["unknown setting 'name'"]),
         ("seed=-1", ["seed=-1"]),
+        ("seed=2024-02-30", ["seed="]),
+        ("seed=1:30", ["seed='1:30'"]),
+        ("train.epochs=true", ["train.epochs=True", "not true or false"]),
+        ("scaling.timeout=0.1", ["scaling.timeout", "greater than or equal to 1"]),
+        ("seed=99999999999999", ["seed=99999999999999", "less than"]),
     ],
 )
 def test_bad_overrides_are_one_line_that_names_the_setting(word, parts):
@@ -151,6 +157,20 @@ def test_values_are_parsed_as_yaml_and_words_of_calls_stay_text():
     assert values == {"seed": 3, "train.flip": True, "method": "ternary(expansion=2)"}
 
 
+def test_numbers_are_decimal_and_folders_stay_text():
+    changed = override(BASE, ["train.epochs=010", "tracking.runs=2024", "tracking.uri=1e3"])
+    assert changed.train.epochs == 10
+    assert str(changed.tracking.runs) == "2024"
+    assert changed.tracking.uri == "1e3"
+
+
+@pytest.mark.parametrize("name", ["", "a/../../b", "my run: v2", ".hidden", "a%b"])
+def test_a_name_that_no_folder_or_registry_takes_is_refused(name):
+    values = BASE.model_dump() | {"name": name}
+    with pytest.raises(PipelineError, match="name"):
+        build_experiment(values)
+
+
 def test_an_uncurated_name_resolves_by_the_grammar_and_is_untuned():
     experiment = load_experiment("mnist_lenet5_ternary-x4", ["train.epochs=1"])
     assert experiment.tuned
@@ -188,3 +208,10 @@ def test_a_published_figure_does_not_stay_beside_another_network():
     for word in ("method=ternary", "dataset=digits", "backbone=lenet5(width=2)"):
         assert not load_experiment("mnist_lenet5", [word]).tuned
     assert load_experiment("mnist_lenet5", ["method=float"]).tuned, "nothing was changed"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changed = override(BASE, ["data.root=~/raw", "tracking.runs=~/runs"])
+    assert changed.data.root == tmp_path / "raw"
+    assert changed.tracking.runs == tmp_path / "runs"

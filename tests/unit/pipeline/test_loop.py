@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, Recipe
 from pipeline.context import TrainContext
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.launch import TrainingError, train_locally
 from pipeline.loop import build_model, train, train_step
 
 
@@ -104,6 +106,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(manifest, tm
     with pytest.raises(FloatingPointError, match=r"step [1-5] \(epoch 1\)"):
         run(experiment, manifest, tmp_path)
     assert not list(tmp_path.glob("epoch-*")), "no checkpoint of a broken state"
+
+
+def test_weights_that_broke_in_the_last_step_are_noticed_by_the_evaluation(manifest, tmp_path):
+    one_step = small(epochs=1, batch_size=100, lr=1e30, schedule="constant", momentum=0.0,
+                     nesterov=False)  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"step 0 \(epoch 1\)"):
+        run(one_step, manifest, tmp_path)
+    assert not list(tmp_path.glob("epoch-*"))
+
+
+def test_a_broken_file_in_training_is_one_line(manifest, tmp_path):
+    broken = replace(manifest, folder=tmp_path / "nowhere")
+    with pytest.raises(TrainingError, match="is missing") as caught:
+        train_locally(small(), broken, tmp_path, lambda event: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unforeseen_error_is_one_line_and_a_trace_in_a_file(manifest, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(TrainingError, match=r"error\.txt") as caught:
+        train_locally(small(epochs=1), manifest, tmp_path, lambda event: None)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
 
 
 def test_a_training_step_is_plain_gradient_descent():

@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import models
 from pipeline.config import PipelineError
 from pipeline.registry import RegisteredModel, refuse_pickled_code, register
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
+from tests.unit.pipeline.stored import rows
 
 NAME = "digits_lenet5_ternary"
+MODEL_CARD = "# A ternary LeNet-5\n" + 600 * "0123456789"
 PREPROCESSING = {"mean": [0.5], "std": [0.25], "class_names": ["zero", "one"]}
 
 
@@ -50,18 +53,24 @@ def trained_network(seed: int) -> torch.nn.Module:
 
 
 def register_network(
-    store: TrackingStore, run_id: str, model: torch.nn.Module, reference: torch.nn.Module
+    store: TrackingStore,
+    run_id: str,
+    model: torch.nn.Module,
+    reference: torch.nn.Module,
+    name: str = NAME,
+    alias: str = "candidate",
 ) -> RegisteredModel:
     return register(
         model,
-        NAME,
+        name,
         store=store,
         run_id=run_id,
         example_shape=(1, 32, 32),
         reference=reference,
-        model_card="# A ternary LeNet-5",
+        model_card=MODEL_CARD,
         preprocessing=PREPROCESSING,
         tags={"top1": "97.5"},
+        alias=alias,
     )
 
 
@@ -147,6 +156,15 @@ def test_nothing_in_the_artifact_is_a_pickle_that_names_a_type(registered: Regis
     assert not any(b'"use_pickle": true' in content.lower() for content in configs)
 
 
+def test_nothing_in_the_artifact_names_a_folder_of_this_machine(registered: Registered) -> None:
+    runs = registered.artifact.parents[3]
+    folders = {str(Path(__file__).parents[3]), sys.prefix, str(runs), runs.as_uri()}
+    for path in registered.artifact.rglob("*"):
+        if path.is_file():
+            for name, content in leaves(path.read_bytes(), path.name):
+                assert [folder for folder in folders if folder.encode() in content] == [], name
+
+
 def test_pickled_code_is_found_in_an_archive_within_an_archive(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[object, ...]:
@@ -164,10 +182,24 @@ def test_pickled_code_is_found_in_an_archive_within_an_archive(tmp_path: Path) -
     refuse_pickled_code(tmp_path)
 
 
+def test_pickled_code_is_found_before_bytes_that_no_pickle_has(tmp_path: Path) -> None:
+    harmful = pickle.dumps(print)
+    (tmp_path / "weights").write_bytes(harmful.removesuffix(pickle.STOP) + b"\xff garbage")
+    with pytest.raises(PipelineError, match=r"code in .*weights"):
+        refuse_pickled_code(tmp_path)
+
+
+def test_numbers_that_begin_like_a_pickle_of_an_unknown_protocol_are_let_through(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "weights").write_bytes(pickle.PROTO + bytes([6]) + pickle.REDUCE + b"\xff")
+    refuse_pickled_code(tmp_path)
+
+
 def test_card_preprocessing_signature_and_tags_come_with_the_model(registered: Registered) -> None:
     from mlflow.models import Model
 
-    assert (registered.artifact / "model_card.md").read_text() == "# A ternary LeNet-5"
+    assert (registered.artifact / "model_card.md").read_text() == MODEL_CARD
     stored = json.loads((registered.artifact / "preprocessing.json").read_text())
     assert stored == PREPROCESSING
     loaded = Model.load(str(registered.artifact))
@@ -179,7 +211,7 @@ def test_card_preprocessing_signature_and_tags_come_with_the_model(registered: R
     version = registered.store.client.get_model_version_by_alias(NAME, "candidate")
     assert version.tags["top1"] == "97.5"
     assert version.run_id == registered.run_id
-    assert version.description == "# A ternary LeNet-5"
+    assert version.description == MODEL_CARD[:5000]
 
 
 def test_the_model_also_answers_through_the_interface_of_the_scoring_server(
@@ -200,18 +232,109 @@ def test_the_result_says_where_the_model_is_and_how_large(registered: Registered
     )
 
 
-def test_a_model_with_other_logits_is_not_registered_and_the_alias_stays(
+class Classifier(nn.Module):
+    """A linear net with small logits, to which a subclass may do something bad in `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32 * 32, 10)
+        with torch.no_grad():
+            self.linear.weight.mul_(0.1)
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(images.flatten(1))
+        return logits
+
+
+class WrongForOneCount(Classifier):
+    """Gives other logits for `wrong` images, but not for the two counts in `right`."""
+
+    def __init__(self, right: tuple[int, int]) -> None:
+        super().__init__()
+        self.right = right
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first, second = self.right
+        count = images.shape[0]
+        return super().forward(images) * (1 + (count - first) * (count - second))
+
+
+class SlightlyOff(Classifier):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + 1e-4
+
+
+class NotExportable(Classifier):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        return logits if logits.sum() > 0 else -logits
+
+
+class Mask(torch.Tensor):
+    pass
+
+
+class WithPickledWeight(Classifier):
+    """Torch writes a buffer of a tensor subclass as a pickle that names its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(10).as_subclass(Mask))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + self.get_buffer("mask")
+
+
+OTHER_LOGITS = "gives other logits than the trained network: .* for {} images"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (WrongForOneCount(right=(1, 2)), OTHER_LOGITS.format(7)),
+        (WrongForOneCount(right=(7, 1)), OTHER_LOGITS.format(2)),
+        (WrongForOneCount(right=(7, 2)), OTHER_LOGITS.format(1)),
+        (SlightlyOff(), OTHER_LOGITS.format(7)),
+        (NotExportable(), "cannot export"),
+        (WithPickledWeight(), "holds pickled code"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+@pytest.mark.parametrize("name", [NAME, "new_name"])
+def test_what_is_not_accepted_leaves_no_trace_in_the_registry(
+    name: str, model: Classifier, message: str, registered: Registered
+) -> None:
+    reference = Classifier()
+    reference.load_state_dict(model.state_dict(), strict=False)
+    before = in_registry(registered)
+    with pytest.raises(PipelineError, match=message) as error:
+        register_network(registered.store, registered.run_id, model, reference, name)
+    assert "\n" not in str(error.value)
+    assert in_registry(registered) == before
+
+
+def in_registry(registered: Registered) -> list[list[tuple[object, ...]]]:
+    """Names, versions, aliases and logged models that are not deleted, without MLflow's help."""
+    queries = (
+        "SELECT name FROM registered_models",
+        "SELECT name, version FROM model_versions WHERE current_stage != 'Deleted_Internal'",
+        "SELECT name, alias, version FROM registered_model_aliases",
+        "SELECT model_id FROM logged_models WHERE lifecycle_stage = 'active'",
+    )
+    return [rows(registered.artifact.parents[3], query) for query in queries]
+
+
+def test_a_failure_of_the_store_after_the_version_was_created_leaves_no_trace(
     registered: Registered,
 ) -> None:
-    other = trained_network(seed=1)
-    with pytest.raises(PipelineError, match="gives other logits than the trained network"):
+    before = in_registry(registered)
+    model = Classifier()
+    with pytest.raises(PipelineError, match=r"cannot register new_name .*alias"):
         register_network(
-            registered.store, registered.run_id, models.fold(other), registered.trained
+            registered.store, registered.run_id, model, model, "new_name", alias="not/an alias"
         )
-    client = registered.store.client
-    assert int(client.get_model_version_by_alias(NAME, "candidate").version) == 1
-    versions = client.search_model_versions(f"name = '{NAME}'")
-    assert [int(version.version) for version in versions] == [1]
+    assert in_registry(registered) == before
 
 
 def test_registering_for_a_run_that_is_not_there_is_one_line(registered: Registered) -> None:

@@ -95,8 +95,21 @@ def test_runs_that_is_a_file_is_one_line(experiment, tmp_path):
         runfolder.create(blocked, "identity")
 
 
-def test_a_damaged_record_is_named(experiment):
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"identity": "identity"}'])
+def test_a_record_that_cannot_be_used_is_named_and_blocks_no_other_run(experiment, content):
+    good = runfolder.create(experiment, "identity")
+    bad = runfolder.create(experiment, "identity")
+    good.release()
+    bad.release()
+    (bad.path / "run.json").write_text(content)
+    assert runfolder.find(experiment, "identity", None).path == good.path
+    with pytest.raises(PipelineError, match="damaged or of another version"):
+        runfolder.find(experiment, "identity", bad.name)
+
+
+def test_a_run_may_be_named_by_its_path_but_not_by_nothing(experiment):
     run = runfolder.create(experiment, "identity")
-    (run.path / "run.json").write_text("{")
-    with pytest.raises(PipelineError, match="damaged"):
-        runfolder.find(experiment, "identity", None)
+    run.release()
+    assert runfolder.find(experiment, "identity", f"runs/{run.name}/").path == run.path
+    with pytest.raises(PipelineError, match="names no run"):
+        runfolder.find(experiment, "identity", "")
