@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -218,9 +219,10 @@ def next_commands(result: Result) -> list[tuple[str, str]]:
         see = f"{sys.executable} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(see)}"
     commands = [("see it", see)]
     if result.model is not None:
+        # JSON's double quotes, which the shell's single ones leave readable.
         program = (
-            f"import mlflow; mlflow.set_tracking_uri({result.tracking_uri!r}); "
-            f"model = mlflow.pytorch.load_model({result.model.uri!r}); print(model)"
+            f"import mlflow; mlflow.set_tracking_uri({json.dumps(result.tracking_uri)}); "
+            f"model = mlflow.pytorch.load_model({json.dumps(result.model.uri)}); print(model)"
         )
         commands.append(("use it", f"{sys.executable} -c {shlex.quote(program)}"))
     return commands
