@@ -55,7 +55,9 @@ def test_every_command_works(command, tmp_path):
 def test_every_make_target_exists():
     targets = [line.removeprefix("make ") for _, line in COMMANDS if line.startswith("make")]
     assert {"demo", "test", "ui"} <= set(targets)
-    listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout
     for target in targets:
         assert f"make {target} " in listed
 

@@ -96,7 +96,9 @@ def said_on_stderr(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_help_lists_every_target() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    shown = subprocess.run(["make"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == targets
     assert {"setup", "demo", "test", "test-all", "lint", "bench", "clean"} <= targets
 
