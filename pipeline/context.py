@@ -15,9 +15,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.actor import ActorHandle
 
     from pipeline.board import Event
+
+#: Seconds that the last event of a worker may take to the driver's board.
+_FLUSH_SECONDS = 30
 
 
 class TrainContext:
@@ -69,12 +73,29 @@ class RayTrainContext(TrainContext):
         import ray.train
         import ray.train.torch
 
-        super().__init__(tell=lambda event: board.post.remote(event))
+        super().__init__(tell=self._post)
+        self._board = board
+        self._last_post: ObjectRef | None = None
         worker = ray.train.get_context()
         self.rank = worker.get_world_rank()
         self.world_size = worker.get_world_size()
         self.device = ray.train.torch.get_device()
         self._ray_report = ray.train.report
+
+    def _post(self, event: Event) -> None:
+        self._last_post = self._board.post.remote(event)
+
+    def fail(self, description: Event) -> None:
+        """Tell the driver, from whichever rank, of an error that a restart would only repeat."""
+        self._post({"kind": "failed", **description})
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until what was told has arrived; with the process it would be lost on its way."""
+        import ray
+
+        if self._last_post is not None:
+            ray.get(self._last_post, timeout=_FLUSH_SECONDS)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         # Batch norm statistics are averaged once per epoch instead of broadcast in every step.

@@ -168,8 +168,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     except Exception as error:
         # A restart helps against a lost worker; an error of the program it would only repeat.
         if not _is_lost_worker(error):
-            config["board"].post.remote({"kind": "failed", **_description(error)})
+            context.fail(_description(error))
         raise
+    context.flush()
 
 
 def train_on_ray(
