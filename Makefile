@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PORT := 5000
+PARALLEL := --numprocesses 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint bench ui docs lock clean
@@ -16,10 +17,10 @@ demo: setup ## Train the ternary LeNet-5 on real digits, from raw images to a re
 	@$(PYTHON) run.py --experiment digits_lenet5_ternary
 
 test: setup ## Run the tests that take less than 20 seconds each
-	@$(PYTHON) -m pytest -m "not slow"
+	@$(PYTHON) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: setup ## Run every test
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest $(PARALLEL)
 
 lint: setup ## Check style, format and types
 	@$(PYTHON) -m ruff check --quiet .

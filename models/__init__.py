@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from models.calls import ModelError
     from models.create import apply_method, create_model, list_backbones, list_methods
     from models.profiler import LayerProfile, Profile, profile
-    from models.surgery import fold, quantized_layers
+    from models.surgery import after_step, constant_buffers, fold, quantized_layers
 
 __all__ = [
     "LayerProfile",
     "ModelError",
     "Profile",
+    "after_step",
     "apply_method",
+    "constant_buffers",
     "create_model",
     "fold",
     "list_backbones",
@@ -31,7 +33,9 @@ _HOME = {
     "LayerProfile": "models.profiler",
     "ModelError": "models.calls",
     "Profile": "models.profiler",
+    "after_step": "models.surgery",
     "apply_method": "models.create",
+    "constant_buffers": "models.surgery",
     "create_model": "models.create",
     "fold": "models.surgery",
     "list_backbones": "models.create",

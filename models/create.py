@@ -10,7 +10,7 @@ from torch import nn
 from models.backbones import BACKBONES
 from models.calls import ModelError, bind, parse_call
 from models.methods import METHODS, Kind, resolve_methods
-from models.surgery import Part
+from models.surgery import Part, constant_buffers
 
 _FROM_DATA = ("num_classes", "in_channels", "image_size")
 
@@ -28,28 +28,34 @@ def create_model(
 
     `backbone` and `method` are call strings: `lenet5(width=2)`, `ternary(expansion=4)`; methods
     compose with a plus sign. The initial weights depend on `seed` (modulo 2**64) and the backbone
-    alone, and the global random state is left as it was. Output: logits (N, num_classes). Raises
-    ModelError, also when there is not enough memory.
+    alone, those of layers that a method adds on the method too, and the global random state is left
+    as it was. Output: logits (N, num_classes). Raises ModelError, also when there is not enough
+    memory.
     """
     for name, value in zip(_FROM_DATA, (num_classes, in_channels, image_size), strict=True):
         if value < 1:
             raise ModelError(f"{name} must be at least 1, not {value}")
     call = parse_call(backbone)
-    build = BACKBONES.get(call.name)
-    options = bind(call, build, reserved=_FROM_DATA)
+    network = BACKBONES.get(call.name)
+    options = bind(call, network.build, reserved=_FROM_DATA)
+    if image_size < network.smallest_image:
+        raise ModelError(
+            f"{call.name} needs images of at least {network.smallest_image} pixels, "
+            f"not {image_size}"
+        )
     resolve_methods(method)  # a wrong method is reported before a large network is built
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed every accelerator, which fork_rng then must restore.
         torch.random.default_generator.manual_seed(seed % 2**64)
         try:
-            model = build(
+            model = network.build(
                 num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
             )
         # No memory for so many weights; a size beyond 64 bits is a TypeError of torch.
         except (RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{backbone} cannot be built: {reason}") from error
-    return apply_method(model, method)
+        return apply_method(model, method)
 
 
 def apply_method(
@@ -65,6 +71,8 @@ def apply_method(
     for step in resolve_methods(method):
         if not step.apply(model) and step.kind is not Kind.IDENTITY:
             raise ModelError(f"{method} touches no layer of {type(model).__name__}")
+    # DDP reads this attribute of the network that it wraps.
+    object.__setattr__(model, "_ddp_params_and_buffers_to_ignore", constant_buffers(model))
     return model
 
 

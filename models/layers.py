@@ -1,4 +1,4 @@
-"""Layers with quantized weights. They keep the float layer's state-dict keys and parameters."""
+"""Layers whose weight passes through a method. They keep the float layer's state-dict keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.calls import ModelError
+from models.masks import WeightMask
 from models.quantizers import WeightQuantizer
+from models.storage import Storage
+from models.ternary_quantizers import TrainedTernaryQuantizer
 
 PlainLayer = nn.Conv2d | nn.Linear
 NewLayer = TypeVar("NewLayer", bound=nn.Conv2d | nn.Linear)
@@ -15,71 +19,212 @@ NewLayer = TypeVar("NewLayer", bound=nn.Conv2d | nn.Linear)
 
 @runtime_checkable
 class Foldable(Protocol):
-    """A layer of a method that has a plain torch counterpart with the same outputs."""
+    """A module of a method that has a plain torch counterpart with the same outputs."""
 
     def folded(self) -> nn.Module:
-        """Return the counterpart. It shares no tensors with this layer."""
+        """Return the counterpart. It shares no tensors with this module."""
 
 
-class QuantizedLayer(nn.Module):
-    """What the quantized layers share: a quantizer between the latent and the used weight.
+@runtime_checkable
+class StoresWeight(Protocol):
+    """A layer that says how its weight is stored, because it is not stored as float32."""
 
-    `quantize` makes them from plain layers. The parameter `weight` is the latent one, in float.
-    `bias_terms` multiplies the bias: the reference code of the ternary method adds it once per
-    branch.
+    def weight_storage(self) -> Storage:
+        """Return the form in which the weight is stored."""
+
+    def used_weight(self) -> Tensor:
+        """Return the weight that forward computes with."""
+
+
+class TrimmedConv2d(nn.Conv2d):
+    """nn.Conv2d that leaves out the kernel rows and columns that would see only zero padding.
+
+    A 3x3 kernel with padding 1 on a 1x1 map is its centre tap: a ninth of the operations. Outputs
+    and gradients are those of nn.Conv2d (the other taps get exactly zero), up to the order of
+    summation. Networks use it where their maps can get smaller than their kernels.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _trimmed_convolution(self, input, self.weight, self.bias)
+
+    def folded(self) -> nn.Conv2d:
+        """Return the plain convolution."""
+        plain = nn.Conv2d(**_conv2d_settings(self))
+        return _adopt(plain, self, *_copies(self.weight, self.bias))
+
+
+class CompressedLayer(nn.Module):
+    """What the layers share whose weight passes through a mask, a quantizer or both.
+
+    `compress` makes them from plain layers. The parameter `weight` is the latent one, in float; the
+    layer computes with
+
+        used_weight() = mask(quantizer(weight))
+
+    where either may be absent. The weight under the mask is kept at exactly zero, so the mask acts
+    on the gradient, and on the value only behind a quantizer that does not map zero to zero.
+    `input_quantizer` maps the input first. `bias_terms` multiplies the bias: the reference code of
+    the ternary method adds it once per branch. `clip` is the bound that the latent weight and bias
+    are held to after each optimizer step, if there is one.
     """
 
     weight: Tensor
-    weight_quantizer: WeightQuantizer
+    mask: WeightMask | None
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: nn.Module | None
     bias_terms: int
+    clip: float | None
 
-    def quantized_weight(self) -> Tensor:
-        """Return the weight that forward uses, of the shape of `weight`."""
-        return self.weight_quantizer(self.weight)
+    def used_weight(self) -> Tensor:
+        """Return the weight that forward computes with, of the shape of `weight`."""
+        weight = self.weight if self.mask is None else self.mask.mask_gradient(self.weight)
+        if self.weight_quantizer is None:
+            return weight
+        quantized = self.weight_quantizer(weight, self.mask)
+        if self.mask is None or self.weight_quantizer.keeps_zeros:
+            return quantized
+        return self.mask.mask_value(quantized)
+
+    def weight_storage(self) -> Storage:
+        """Return the form in which the weight is stored: pre-defined zeros are not."""
+        kept = self.weight.numel() if self.mask is None else self.mask.kept
+        if self.weight_quantizer is None:
+            return Storage("sparse", kept, bank_bits=self.mask.bank_bits if self.mask else 0)
+        return Storage(
+            self.weight_quantizer.scheme
+            if self.mask is None
+            else f"sparse+{self.weight_quantizer.scheme}",
+            kept,
+            levels=self.weight_quantizer.levels,
+            scales=self.weight_quantizer.scales(self.weight),
+            bank_bits=self.mask.bank_bits if self.mask else 0,
+        )
 
     def extra_repr(self) -> str:
+        # A mask, and a quantizer that learns, are modules, which are shown below the layer.
+        if self.weight_quantizer is None or isinstance(self.weight_quantizer, nn.Module):
+            return super().extra_repr()
         return f"{super().extra_repr()}, {self.weight_quantizer}"
+
+    def _quantized_input(self, input: Tensor) -> Tensor:
+        return input if self.input_quantizer is None else self.input_quantizer(input)
 
     def _used_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias if bias is None or self.bias_terms == 1 else bias * self.bias_terms
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any
+    ) -> None:
+        """Load as usual, then bring a dense weight back under the mask.
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """nn.Conv2d with quantized weights: (N, C, H, W) to (N, out_channels, H', W')."""
+        The checkpoint of a float network has no learned scales: they start anew from its weight.
+        """
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if self.mask is not None:
+            self.mask.mask_in_place(self.weight)
+        scales = f"{prefix}weight_quantizer."
+        if isinstance(self.weight_quantizer, TrainedTernaryQuantizer) and not any(
+            key.startswith(scales) for key in state_dict
+        ):
+            # Submodules are loaded after this layer, from the same mapping.
+            initial = self.weight_quantizer.initial_scales(self.weight)
+            state_dict.update({scales + name: value for name, value in initial.items()})
+
+
+class CompressedConv2d(CompressedLayer, nn.Conv2d):
+    """nn.Conv2d on the used weight: (N, C, H, W) to (N, out_channels, H', W')."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.quantized_weight(), self._used_bias(self.bias))
+        return _trimmed_convolution(
+            self, self._quantized_input(input), self.used_weight(), self._used_bias(self.bias)
+        )
 
-    def folded(self) -> nn.Conv2d:
-        """Return a plain convolution with the quantized weight and the bias as it is added."""
+    def folded(self) -> nn.Module:
+        """Return a plain convolution with the used weight and the bias as it is added."""
         plain = nn.Conv2d(**_conv2d_settings(self))
-        return _adopt(plain, self, *_copies(self.quantized_weight(), self._used_bias(self.bias)))
+        return _behind(
+            self.input_quantizer,
+            _adopt(plain, self, *_copies(self.used_weight(), self._used_bias(self.bias))),
+        )
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """nn.Linear with quantized weights: (..., in_features) to (..., out_features)."""
+class CompressedLinear(CompressedLayer, nn.Linear):
+    """nn.Linear on the used weight: (..., in_features) to (..., out_features)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.quantized_weight(), self._used_bias(self.bias))
+        return functional.linear(
+            self._quantized_input(input), self.used_weight(), self._used_bias(self.bias)
+        )
 
-    def folded(self) -> nn.Linear:
-        """Return a plain linear layer with the quantized weight and the bias as it is added."""
+    def folded(self) -> nn.Module:
+        """Return a plain linear layer with the used weight and the bias as it is added."""
         plain = nn.Linear(**_linear_settings(self))
-        return _adopt(plain, self, *_copies(self.quantized_weight(), self._used_bias(self.bias)))
+        return _behind(
+            self.input_quantizer,
+            _adopt(plain, self, *_copies(self.used_weight(), self._used_bias(self.bias))),
+        )
 
 
-def quantize(
-    layer: PlainLayer, weight_quantizer: WeightQuantizer, bias_terms: int = 1
-) -> QuantizedConv2d | QuantizedLinear:
-    """Return the quantized form of a plain layer; it owns the same parameter objects."""
-    new: QuantizedConv2d | QuantizedLinear
+def compress(
+    layer: PlainLayer,
+    *,
+    mask: WeightMask | None = None,
+    weight_quantizer: WeightQuantizer | None = None,
+    input_quantizer: nn.Module | None = None,
+    bias_terms: int = 1,
+    clip: float | None = None,
+    padding_mode: str | None = None,
+) -> CompressedConv2d | CompressedLinear:
+    """Return a layer with the same parameter objects that computes with the compressed weight.
+
+    What the layer already has (a mask from an earlier method) stays. A masked weight is set to zero
+    under its mask at once. `padding_mode` replaces that of a convolution. Raises ModelError for a
+    layer that already has what is to be added.
+    """
+    new: CompressedConv2d | CompressedLinear
     if isinstance(layer, nn.Conv2d):
-        new = _adopt(QuantizedConv2d(**_conv2d_settings(layer)), layer, layer.weight, layer.bias)
+        settings = _conv2d_settings(layer) | (
+            {"padding_mode": padding_mode} if padding_mode else {}
+        )
+        new = _adopt(CompressedConv2d(**settings), layer, layer.weight, layer.bias)
     else:
-        new = _adopt(QuantizedLinear(**_linear_settings(layer)), layer, layer.weight, layer.bias)
-    new.weight_quantizer = weight_quantizer
+        new = _adopt(CompressedLinear(**_linear_settings(layer)), layer, layer.weight, layer.bias)
+    new.mask = _only_one("mask", layer, mask)
+    new.weight_quantizer = _only_one("weight_quantizer", layer, weight_quantizer)
+    new.input_quantizer = _only_one("input_quantizer", layer, input_quantizer)
     new.bias_terms = bias_terms
+    new.clip = clip
+    if mask is not None:
+        mask.mask_in_place(new.weight)
     return new
+
+
+def _only_one(kind: str, layer: PlainLayer, added: Any) -> Any:
+    present = getattr(layer, kind, None)
+    if present is not None and added is not None:
+        raise ModelError(f"the layer {layer} already has a {kind.replace('_', ' ')}")
+    return present if added is None else added
+
+
+def _trimmed_convolution(
+    layer: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Convolve with a layer's settings, without the taps that would see only zero padding."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return layer._conv_forward(input, weight, bias)
+    padding = [*layer.padding]
+    for axis in (0, 1):
+        # Where the output has the size of the input, a tap further from the centre than the input
+        # is long reaches beyond it from every position.
+        kernel, size = layer.kernel_size[axis], input.shape[axis + 2]
+        same = layer.dilation[axis] == 1 and 2 * padding[axis] == kernel - 1
+        idle = max(0, padding[axis] - (size - 1)) if same else 0
+        if idle:
+            weight = weight.narrow(axis + 2, idle, kernel - 2 * idle)
+            padding[axis] -= idle
+    return functional.conv2d(
+        input, weight, bias, layer.stride, padding, layer.dilation, layer.groups
+    )
 
 
 # A new layer is built on the meta device: its own initial weights cost nothing, draw no random
@@ -123,3 +268,11 @@ def _copies(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
     """Return parameters with the same values, cut from the graph of the latent ones."""
     copied_bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return nn.Parameter(weight.detach().clone()), copied_bias
+
+
+def _behind(input_quantizer: nn.Module | None, plain: nn.Module) -> nn.Module:
+    """Put a folded layer behind the map of its input, if it has one."""
+    if input_quantizer is None:
+        return plain
+    folded = input_quantizer.folded() if isinstance(input_quantizer, Foldable) else input_quantizer
+    return nn.Sequential(folded, plain)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from models.masks import WeightMask
 
 
 class WeightQuantizer(Protocol):
     """A map from a latent weight to the used one, with what is needed to store the result.
 
-    Quantizers hold no tensors, so a quantized layer has the state-dict keys of the float layer.
+    Most quantizers hold no tensors, so that a quantized layer has the state-dict keys of the float
+    layer. One that learns its scales is a module.
     """
 
     @property
@@ -20,97 +23,185 @@ class WeightQuantizer(Protocol):
         """Name of the stored format, such as `ternary`."""
 
     @property
-    def bits(self) -> int:
-        """Stored bits per weight."""
+    def levels(self) -> int:
+        """Number of values that a used weight can take, up to its scale."""
 
     @property
-    def scales(self) -> int:
-        """Float32 scales stored per layer."""
+    def keeps_zeros(self) -> bool:
+        """Whether a latent weight of exactly zero gives a used weight of zero."""
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the used weight: same shape, dtype, device and memory format."""
+    def scales(self, weight: Tensor) -> int:
+        """Return the number of float32 scales stored beside a weight."""
+
+    def __call__(self, weight: Tensor, mask: WeightMask | None = None) -> Tensor:
+        """Return the used weight: same shape, dtype, device and memory format.
+
+        A latent weight under a mask is zero. The mask tells statistics what to leave out; a
+        quantizer need not mask its result.
+        """
+
+
+def binarize(values: Tensor, dead_zone: bool = False) -> Tensor:
+    """Return b(x) = +1 where x > 0 and -1 elsewhere, so -1 at zero. NaN stays NaN.
+
+    With `dead_zone` it is +1 where 1 + x > 1 in the arithmetic of the values: in float32, numbers
+    up to 2^-24 (6e-8) become -1 too, as in the code of Stadtmann et al.
+    """
+    if dead_zone:
+        values = (values + 1).sub_(1)
+    return torch.threshold(values.ceil().clamp_max_(1), 0.0, -1.0)
+
+
+def ternarize(values: Tensor, threshold: Tensor) -> Tensor:
+    """Return t(x) = +1 where x > threshold, -1 where x < -threshold, 0 between and on the edges.
+
+    NaN stays NaN, and a NaN threshold makes all values NaN.
+    """
+    beyond = values.abs().sub_(threshold).clamp_(0, 1).ceil_()
+    return beyond.copysign(values)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Return half-precision values as float32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 @dataclass(frozen=True)
-class TernaryQuantizer:
-    """Ternary weights with statistical scaling (He, Gong, Fan; WACV 2019; arXiv 1807.07948).
+class BinaryQuantizer:
+    """Binary weights (Courbariaux et al., arXiv 1602.02830; Stadtmann et al., ICMLA 2020).
 
-    One scale per tensor and threshold factor, nothing learned. For each factor b of `factors`:
+    With b of `binarize`, which takes zero to -1:
 
-        Delta = b * max|w|        K = {k : |w_k| >= Delta}        S = mean of |w_k| over K
-        T_b(w) = S * sign(w) on K, 0 elsewhere
+        Q(w) = b(w)                                         dL/dw = g
 
-    and the result is the sum of T_b(w) over the factors. One factor gives plain ternary weights.
-    More of them are the paper's residual expansion: its branches share one latent weight and one
-    input, so by linearity one layer with the summed kernel replaces them. t factors give 2 t + 1
-    levels, stored as a code of ceil(log2(2 t + 1)) bits plus t scales.
+    the gradient g of the used weight as it is, without a mask where |w| > 1: the latent weights are
+    held to [-1, 1] instead (`clip` of models.layers.compress). There is no scale; batch norm takes
+    its place. `scale="xnor"` adds that of Rastegari et al. (ECCV 2016, arXiv 1603.05279), one per
+    filter, over its n weights:
 
-    Gradient (straight-through, w the latent weight, g the gradient of the summed kernel):
+        Q(w) = alpha * b(w)      alpha = mean|w|            dL/dw = g * (1/n + alpha * 1[|w| <= 1])
 
-        dL/dw = t * g  where -1 < w < 1, exactly 0 elsewhere
+    This is the paper's gradient (section 3.1), which leaves out that alpha depends on all weights
+    of the filter. Weights under a mask do not count, neither in alpha nor in n.
 
-    The factor t is what t separate branches would add up to; S and Delta count as constants.
-
-    `strict_negative_edge` repeats a quirk of the reference code: a weight equal to -Delta counts
-    in S but becomes 0. By default both edges belong to K.
-
-    The arithmetic is float32 or better, also under autocast and for half-precision weights. A
-    non-finite weight gives a non-finite result; an all-zero weight gives zeros.
+    Deviation from the code of Stadtmann et al., undone by `dead_zone`: see `binarize`.
     """
 
-    factors: tuple[float, ...] = (0.05,)
-    strict_negative_edge: bool = False
+    scale: Literal["xnor"] | None = None
+    dead_zone: bool = False
 
     @property
     def scheme(self) -> str:
-        return "ternary" if len(self.factors) == 1 else f"ternary-x{len(self.factors)}"
+        return "binary" if self.scale is None else "binary-xnor"
 
     @property
-    def bits(self) -> int:
-        return (2 * len(self.factors)).bit_length()
+    def levels(self) -> int:
+        return 2
 
     @property
-    def scales(self) -> int:
-        return len(self.factors)
+    def keeps_zeros(self) -> bool:
+        return False
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        latent = weight.float() if half else weight
-        kernel: Tensor = _SummedTernary.apply(latent, self.factors, self.strict_negative_edge)
+    def scales(self, weight: Tensor) -> int:
+        return len(weight) if self.scale == "xnor" else 0
+
+    def __call__(self, weight: Tensor, mask: WeightMask | None = None) -> Tensor:
+        latent = at_least_single(weight)
+        if self.scale is None:
+            signs: Tensor = _PlainSigns.apply(latent, self.dead_zone)
+            return signs.to(weight.dtype)
+        if mask is None:
+            count = latent.new_full((), latent[0].numel())
+        else:
+            count = mask.kept_per_filter().clamp_min(1)
+        one_filter = tuple(range(1, latent.ndim))
+        alpha = latent.detach().abs().sum(one_filter, keepdim=True) / count
+        scaled: Tensor = _ScaledSigns.apply(latent, alpha, count, self.dead_zone)
+        return scaled.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class TernarySignQuantizer:
+    """Ternary weights without a scale, for chosen layers of a binary network (Stadtmann et al.).
+
+    With t of `ternarize`, over the whole tensor:
+
+        Q(w) = t(w)      theta = 0.7 * mean|w|              dL/dw = g
+
+    The threshold is that of ternary weight networks (Li, Zhang and Liu, arXiv 1605.04711), whose
+    scale is left out. Weights under a mask do not count in the mean.
+    """
+
+    factor: ClassVar[float] = 0.7
+
+    @property
+    def scheme(self) -> str:
+        return "ternary-signs"
+
+    @property
+    def levels(self) -> int:
+        return 3
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return True
+
+    def scales(self, weight: Tensor) -> int:
+        return 0
+
+    def __call__(self, weight: Tensor, mask: WeightMask | None = None) -> Tensor:
+        latent = at_least_single(weight)
+        count = weight.numel() if mask is None else max(1, mask.kept)
+        kernel: Tensor = _PlainTernarySigns.apply(latent, self.factor, count)
         return kernel.to(weight.dtype)
 
 
-class _SummedTernary(torch.autograd.Function):
-    """The formulas of TernaryQuantizer. No boolean indexing: no device sync, no graph break.
-
-    The result must be a new tensor: torch.compile (2.11) drops the gradient, silently, of one that
-    was last written in place or passed through a conversion that changes nothing.
-    """
+class _PlainSigns(torch.autograd.Function):
+    """b(w), with the identity as gradient."""
 
     @staticmethod
-    def forward(weight: Tensor, factors: tuple[float, ...], strict_negative_edge: bool) -> Tensor:
-        magnitude = weight.abs()
-        maximum = magnitude.amax()
-        level = torch.zeros_like(weight)
-        for factor in factors:
-            delta = factor * maximum
-            # Comparing in place gives 0.0 and 1.0; boolean masks are several times slower on CPU.
-            kept = magnitude.clone().ge_(delta)
-            scale = (magnitude * kept).sum() / kept.sum()
-            if strict_negative_edge:
-                kept = weight.clone().ge_(delta) + weight.clone().lt_(-delta)
-            # A product, not a selection: a NaN scale must reach the output.
-            level.addcmul_(kept, scale)
-        return level.copysign(weight)
+    def forward(weight: Tensor, dead_zone: bool) -> Tensor:
+        return binarize(weight, dead_zone)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, factors, _ = inputs
-        ctx.save_for_backward(weight)
-        ctx.terms = len(factors)
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _ScaledSigns(torch.autograd.Function):
+    """alpha * b(w), with the gradient of Rastegari et al. `count` is n."""
+
+    @staticmethod
+    def forward(weight: Tensor, alpha: Tensor, count: Tensor, dead_zone: bool) -> Tensor:
+        return binarize(weight, dead_zone) * alpha
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, alpha, count, _ = inputs
+        ctx.save_for_backward(weight, alpha, count)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, alpha, count = ctx.saved_tensors
+        factor = weight.abs().le_(1).mul_(alpha).add_(1 / count)
+        return factor.mul_(gradient), None, None, None
+
+
+class _PlainTernarySigns(torch.autograd.Function):
+    """t(w), with the identity as gradient."""
+
+    @staticmethod
+    def forward(weight: Tensor, factor: float, count: int) -> Tensor:
+        return ternarize(weight, factor * (weight.abs().sum() / count))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        passed = weight.abs().lt_(1).mul_(gradient)
-        return passed.mul_(ctx.terms) if ctx.terms > 1 else passed, None, None
+        return gradient, None, None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import re
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
 
 from models.calls import ModelError, nearest
 
@@ -58,3 +61,42 @@ class Registry(Generic[Entry]):
         for module in pkgutil.iter_modules(package.__path__):
             import_module(f"{self._package}.{module.name}")
         self._loaded = True
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A name as its source declares it: the first line of its docstring, and its note."""
+
+    name: str
+    summary: str
+    note: str
+
+
+def declared(kind: Literal["backbone", "method"]) -> list[Declaration]:
+    """List the names of a kind by reading the sources, so without importing torch.
+
+    An entry is a class or function under the decorator that carries the name of its kind, with the
+    entry's name as a literal.
+    """
+    folder = Path(__file__).parent / f"{kind}s"
+    found = []
+    for path in folder.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found += [
+                    Declaration(
+                        ast.literal_eval(call.args[0]),
+                        (ast.get_docstring(node) or "").partition("\n")[0].removesuffix("."),
+                        _literal_keyword(call, "note"),
+                    )
+                    for call in node.decorator_list
+                    if isinstance(call, ast.Call)
+                    and isinstance(call.func, ast.Name)
+                    and call.func.id == kind
+                ]
+    return sorted(found, key=lambda declaration: declaration.name)
+
+
+def _literal_keyword(call: ast.Call, name: str) -> str:
+    values = [ast.literal_eval(word.value) for word in call.keywords if word.arg == name]
+    return values[0] if values else ""

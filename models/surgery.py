@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.calls import ModelError, nearest
-from models.layers import Foldable, PlainLayer, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from models.layers import (
+    CompressedConv2d,
+    CompressedLayer,
+    CompressedLinear,
+    Foldable,
+    PlainLayer,
+    StoresWeight,
+    TrimmedConv2d,
+)
 
-Part = Literal["stem", "head", "shortcut", "body"]
-Shape = Literal["spatial", "depthwise", "projection", "linear"]
+Part = Literal["stem", "head", "shortcut", "bottleneck", "projection", "body"]
+Shape = Literal["spatial", "depthwise", "pointwise", "linear"]
 
 # Exact types: a subclass from elsewhere may not use its weight in the way we would replace.
-_WEIGHT_LAYERS = (nn.Conv2d, nn.Linear, QuantizedConv2d, QuantizedLinear)
+_WEIGHT_LAYERS = (nn.Conv2d, nn.Linear, TrimmedConv2d, CompressedConv2d, CompressedLinear)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish)
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,16 @@ class Layer:
     """A convolution or linear layer of a network, and the part it plays there.
 
     `part` is what the network declares in its attribute `roles`, a mapping from layer names or
-    patterns (`layer*.downsample.0`) to stem, head or shortcut; layers it does not mention are
-    body. `shape` follows from the weight: a convolution is depthwise when each channel has a group
-    of its own, a projection when its kernel is 1x1, else spatial.
+    patterns (`layer*.downsample.0`):
+
+    - stem, head: the first layer, and the one that gives the logits;
+    - shortcut: a convolution on a residual path;
+    - bottleneck: a spatial convolution whose output a 1x1 of the network itself mixes, as the 3x3
+      between the two 1x1 of a ResNet-50 block (depthwise ones need not be declared);
+    - projection: the 1x1, without activation, that closes an inverted residual block.
+
+    Layers it does not mention are body. `shape` follows from the weight: a convolution is depthwise
+    when each channel has a group of its own, pointwise when its kernel is 1x1, else spatial.
     """
 
     name: str
@@ -38,7 +55,7 @@ class Layer:
     @property
     def quantized(self) -> bool:
         """Whether the layer already computes with quantized weights."""
-        return isinstance(self.module, QuantizedLayer)
+        return _is_quantized(self.module)
 
 
 def weight_layers(model: nn.Module) -> list[Layer]:
@@ -69,17 +86,68 @@ def replace_layers(
     A layer that the network holds under several names is built once and replaced under all.
     """
     chosen = list(layers)
-    _substitute(model, {layer.module: build(layer.module) for layer in chosen})
+    replace_modules(model, {layer.module: build(layer.module) for layer in chosen})
     return [layer.name for layer in chosen]
 
 
-def quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules below a network's root in place, each under all its names.
+
+    What is inside a replaced module goes with it.
+    """
+    replaced: tuple[str, ...] = ()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements and not name.startswith(replaced):
+            model.set_submodule(name, replacements[module])
+            replaced += (f"{name}.",)
+
+
+def activation_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the rectifying activations and their names, in order of registration.
+
+    Gates (sigmoids) are not among them, nor are activations with parameters.
+    """
+    return [
+        (name, module) for name, module in model.named_modules() if type(module) in _ACTIVATIONS
+    ]
+
+
+def quantized_layers(model: nn.Module) -> list[tuple[str, CompressedLayer]]:
     """List the layers with quantized weights and their names, in order of registration."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer)
+        if isinstance(module, CompressedLayer) and _is_quantized(module)
     ]
+
+
+def constant_buffers(model: nn.Module) -> list[str]:
+    """List the buffers that no checkpoint holds: masks and frozen banks, which each process makes.
+
+    They must be neither broadcast, reduced nor averaged between processes.
+    """
+    persistent = model.state_dict(keep_vars=True)
+    return [name for name, _ in model.named_buffers() if name not in persistent]
+
+
+def after_step(model: nn.Module) -> Callable[[], None]:
+    """Return what must be called after each optimizer step: it clips the latent values.
+
+    Binary layers hold their latent weights, and biases, to [-1, 1]; for a network without such
+    layers it does nothing.
+    """
+    bounds: dict[float, list[Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, CompressedLayer) and module.clip is not None:
+            bounds.setdefault(module.clip, []).extend(module.parameters(recurse=False))
+
+    @torch.no_grad()
+    def clip() -> None:
+        for bound, latents in bounds.items():
+            torch._foreach_clamp_min_(latents, -bound)
+            torch._foreach_clamp_max_(latents, bound)
+
+    return clip
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -90,31 +158,38 @@ def fold(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model)
     if isinstance(folded, Foldable):
         return folded.folded()
-    _substitute(
+    replace_modules(
         folded,
         {module: module.folded() for module in folded.modules() if isinstance(module, Foldable)},
     )
     return folded
 
 
-def _substitute(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            model.set_submodule(name, replacements[module])
+def _declared_parts(model: nn.Module, layers: list[str]) -> dict[str, Part]:
+    """Find the parts of the layers for which the network declares one.
 
-
-def _declared_parts(model: nn.Module, names: list[str]) -> dict[str, Part]:
+    Where a method has put several layers in the place of one, they play its part; where it has put
+    none but frozen ones, the declaration stands for nothing.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, StoresWeight)]
+    for layer in layers:
+        steps = layer.split(".")
+        names += [".".join(steps[:depth]) for depth in range(1, len(steps) + 1)]
     parts: dict[str, Part] = {}
     for pattern, part in getattr(model, "roles", {}).items():
         if part not in get_args(Part):
             raise ModelError(f"role {part!r} of {pattern!r} is not one of {get_args(Part)}")
-        matches = fnmatch.filter(names, pattern)
+        matches = set(fnmatch.filter(names, pattern))
         if not matches:
             raise ModelError(
                 f"{type(model).__name__} declares {pattern!r} as {part}, "
-                f"but has no such layer{nearest(pattern, names)}"
+                f"but has no such layer{nearest(pattern, layers)}"
             )
-        parts.update(dict.fromkeys(matches, part))
+        parts.update(
+            (layer, part)
+            for layer in layers
+            if any(layer == match or layer.startswith(f"{match}.") for match in matches)
+        )
     return parts
 
 
@@ -123,4 +198,8 @@ def _shape(module: nn.Module) -> Shape:
         return "linear"
     if module.groups == module.in_channels > 1:
         return "depthwise"
-    return "projection" if module.kernel_size == (1, 1) else "spatial"
+    return "pointwise" if module.kernel_size == (1, 1) else "spatial"
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, CompressedLayer) and module.weight_quantizer is not None

@@ -12,8 +12,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from models.registry import declared
 from pipeline.config import (
     Experiment,
     PipelineError,
@@ -27,6 +28,8 @@ from pipeline.experiments import catalog, check_parts, load_experiment
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from models import Profile
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
 _EPILOG = """\
@@ -77,7 +80,9 @@ def _parser() -> _Parser:
     )
     how.add_argument("--dry-run", action="store_true", help="say what would happen, write nothing")
     look = parser.add_argument_group("look, do not run")
-    look.add_argument("--list", nargs="?", const="*", metavar="GLOB", help="show the catalog")
+    look.add_argument(
+        "--list", nargs="?", const="*", metavar="GLOB", help="show experiments, networks, methods"
+    )
     look.add_argument("--describe", metavar="NAME", help="settings, layers, bits, MACs, size")
     look.add_argument("--yaml", action="store_true", help="with --describe: settings as YAML")
     look.add_argument("--help", "-h", action="store_true", help="show this text")
@@ -223,21 +228,36 @@ def _list(pattern: str) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    found = [entry for name, entry in catalog().items() if fnmatch.fnmatch(name, pattern)]
+    experiments = Table(box=SIMPLE)
+    experiments.add_column("experiment", style="bold", no_wrap=True)
+    experiments.add_column("reproduces")
+    experiments.add_column("published top-1", justify="right")
+    for name, entry in catalog().items():
+        if fnmatch.fnmatch(name, pattern):
+            assert entry.reference is not None
+            published = f"{entry.reference.top1:.2f}" if entry.reference.top1 else "-"
+            what = entry.reference.what
+            if entry.reference.source:
+                what += f" ({entry.reference.source})"
+            experiments.add_row(name, what, published)
+    tables = [experiments]
+    parts = {"network": declared("backbone"), "method": declared("method")}
+    for kind, declarations in parts.items():
+        table = Table(box=SIMPLE)
+        table.add_column(kind, style="bold", no_wrap=True)
+        table.add_column("what it is")
+        for declaration in declarations:
+            if fnmatch.fnmatch(declaration.name, pattern):
+                note = f" ({declaration.note})" if declaration.note else ""
+                table.add_row(declaration.name, declaration.summary + note)
+        tables.append(table)
+    found = [table for table in tables if table.row_count]
     if not found:
-        raise PipelineError(f"no experiment matches {pattern!r}{nearest(pattern, catalog())}")
-    table = Table(box=SIMPLE)
-    table.add_column("experiment", style="bold", no_wrap=True)
-    table.add_column("reproduces")
-    table.add_column("published top-1", justify="right")
-    for entry in found:
-        assert entry.reference is not None
-        published = f"{entry.reference.top1:.2f}" if entry.reference.top1 else "-"
-        what = entry.reference.what
-        if entry.reference.source:
-            what += f" ({entry.reference.source})"
-        table.add_row(entry.name, what, published)
-    _console().print(table)
+        raise PipelineError(
+            f"no experiment, network or method matches {pattern!r}{nearest(pattern, catalog())}"
+        )
+    for table in found:
+        _console().print(table)
 
 
 def _describe(experiment: Experiment, as_yaml: bool) -> None:
@@ -283,13 +303,35 @@ def _print_layers(console: Console, experiment: Experiment) -> None:
         f"{profile.stored_bytes:,}",
     )
     console.print(table)
-    console.print(
-        f"stored {profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32: "
-        f"{profile.ratio:.1f}x smaller"
-    )
+    for line in _costs(profile):
+        console.print(line)
 
 
-def _profile(experiment: Experiment) -> Any:
+def _costs(profile: Profile) -> list[str]:
+    """What the layers add up to, where it is more than the sum of a column."""
+    learned = f"{profile.learned:,} learned"
+    if profile.frozen:
+        learned += f", {profile.frozen:,} frozen"
+    if profile.masked:
+        learned += f"; {profile.masked:,} pre-defined zeros are not among them"
+    by_bits = ", ".join(f"{count:,} at {bits:g}" for bits, count in profile.by_bits.items())
+    operations = f"MACs       {profile.macs:,} executed"
+    if profile.nominal_macs != profile.macs:
+        operations += f", {profile.nominal_macs:,} with whole kernels at the edges"
+    if profile.kept_macs != profile.nominal_macs:
+        operations += f", {profile.kept_macs:,} without pre-defined zeros"
+    return [
+        f"parameters {learned}",
+        f"bits       {by_bits}",
+        operations,
+        f"memory     {profile.activation_bytes:,} bytes of activations, "
+        f"at least {profile.peak_activation_bytes:,} at a time",
+        f"stored     {profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32: "
+        f"{profile.ratio:.1f}x smaller",
+    ]
+
+
+def _profile(experiment: Experiment) -> Profile:
     import data_prep
     import models
     from pipeline.loop import build_model

@@ -72,7 +72,8 @@ def train(
         metrics = _train_epoch(experiment, replica, optimizer, train_loader, progress, context)
         _average_buffers(model, context)
         started = time.perf_counter()
-        evaluation = evaluate(model, test_loader, context, **split)
+        # Folded, as it is registered: nothing is quantized anew for every batch.
+        evaluation = evaluate(models.fold(model), test_loader, context, **split)
         if not math.isfinite(evaluation.loss):
             raise _not_finite(progress.step + train_loader.steps_per_epoch - 1, progress.epoch)
         metrics |= evaluation.metrics() | {"evaluate_seconds": time.perf_counter() - started}
@@ -94,7 +95,7 @@ def train(
         )
         context.report(metrics)
     if evaluation is None:
-        evaluation = evaluate(model, test_loader, context, **split)
+        evaluation = evaluate(models.fold(model), test_loader, context, **split)
     context.event(
         "evaluation",
         confusion=evaluation.confusion.tolist(),
@@ -109,9 +110,9 @@ def channels_last(model: nn.Module) -> nn.Module:
     A kernel for which both layouts are the same (one input channel, or 1x1) keeps the plain
     strides: its gradient has them, and DDP copies where the two differ.
     """
-    for parameter in model.parameters():
-        if parameter.ndim == 4 and parameter.shape[1] > 1 and parameter.shape[2:].numel() > 1:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[2:].numel() > 1:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
@@ -252,7 +253,8 @@ class _Meter:
 
 def _average_buffers(model: nn.Module, context: TrainContext) -> None:
     """Make the batch norm statistics, gathered by each rank on its share, the same everywhere."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
+    constants = models.constant_buffers(model)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name not in constants:
             context.sum_over_ranks(buffer)
             buffer /= context.world_size

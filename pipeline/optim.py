@@ -39,8 +39,17 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the model's parameter groups."""
-    groups = parameter_groups(model, recipe)
+    """The recipe's optimizer over the model's parameter groups.
+
+    Each of its steps ends with what the model's method asks for, such as clipped latent weights.
+    """
+    optimizer = _optimizer(parameter_groups(model, recipe), recipe)
+    after_step = models.after_step(model)
+    optimizer.register_step_post_hook(lambda *_: after_step())
+    return optimizer
+
+
+def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov

@@ -1,4 +1,4 @@
-"""Ternary weights with statistical scaling and residual expansion."""
+"""Ternary weights: statistical scaling and residual expansion, and two earlier rules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from models.calls import ModelError
-from models.layers import quantize
+from models.layers import CompressedConv2d, CompressedLinear, PlainLayer, compress
 from models.methods import Kind, Method, method
-from models.quantizers import TernaryQuantizer
+from models.quantizers import WeightQuantizer
 from models.surgery import replace_layers, weight_layers
+from models.ternary_quantizers import (
+    TernaryQuantizer,
+    TernaryWeightNetworkQuantizer,
+    TrainedTernaryQuantizer,
+)
 
 _FACTORS = {1: (0.05,), 2: (0.05, 0.10), 4: (0.05, 0.10, 0.15, 0.20)}
 
@@ -20,21 +25,26 @@ _FACTORS = {1: (0.05,), 2: (0.05, 0.10), 4: (0.05, 0.10, 0.15, 0.20)}
 @method("ternary")
 @dataclass(frozen=True, kw_only=True)
 class Ternary(Method):
-    """Ternary weights of He, Gong and Fan (WACV 2019, arXiv 1807.07948).
+    """Ternary weights of He, Gong and Fan (WACV 2019, arXiv 1807.07948), or of TWN or TTQ.
 
     Every convolution and linear layer computes with the kernel, and learns with the gradient, that
-    models.quantizers.TernaryQuantizer states. Activations, biases and batch norm stay float32.
+    a quantizer of models.ternary_quantizers states: `rule=he` TernaryQuantizer, `rule=twn`
+    TernaryWeightNetworkQuantizer, `rule=ttq` TrainedTernaryQuantizer. Activations, biases and batch
+    norm stay float32. `first_last=float` keeps stem and head in float32; shortcuts are ternary
+    either way.
 
-    `expansion` is the paper's t_ex, the number of ternary branches per layer, here one layer with
-    the summed kernel. `thresholds` replaces the paper's factors 0.05, 0.10, 0.15, 0.20, one per
-    branch. `first_last=float` keeps stem and head in float32; shortcuts are ternary either way.
+    The other arguments are for `rule=he`. `expansion` is the paper's t_ex, the number of ternary
+    branches per layer, here one layer with the summed kernel. `thresholds` replaces the paper's
+    factors 0.05, 0.10, 0.15, 0.20, one per branch.
 
     Deviations from the authors' code, undone by `original=true`: the bias is added once instead of
     once per branch (with a gradient as many times larger), and a weight at -Delta is kept like one
     at +Delta.
 
     Published top-1 on ImageNet, all layers ternary: ResNet-18 66.01 %, with two and four branches
-    68.35 and 69.44 % (float 69.75 %); ResNet-50 74.00 % (float 76.13 %).
+    68.35 and 69.44 % (float 69.75 %); ResNet-50 74.00 % (float 76.13 %). ResNet-18 by the other two
+    rules: TWN 61.8 %, TTQ 66.6 % (float 70.3 %; as listed by Yang et al., CVPR 2019, arXiv
+    1911.09464).
     """
 
     kind: ClassVar[Kind] = Kind.QUANTIZER
@@ -43,12 +53,17 @@ class Ternary(Method):
         "x4": {"expansion": 4},
     }
 
+    rule: Literal["he", "twn", "ttq"] = "he"
     expansion: Literal[1, 2, 4] = 1
     thresholds: tuple[float, ...] | None = None
     first_last: Literal["ternary", "float"] = "ternary"
     original: bool = False
 
     def __post_init__(self) -> None:
+        defaults = {"expansion": 1, "thresholds": None, "original": False}
+        idle = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.rule != "he" and idle:
+            raise ModelError(f"ternary: {idle[0]} has no effect with rule={self.rule}")
         if self.thresholds is None:
             return
         if len(self.thresholds) != self.expansion:
@@ -75,9 +90,18 @@ class Ternary(Method):
                     f"of {type(model).__name__}, which declares none"
                 )
             layers = [layer for layer in layers if layer.part not in ("stem", "head")]
-        quantizer = TernaryQuantizer(
-            factors=self.thresholds or _FACTORS[self.expansion],
-            strict_negative_edge=self.original,
-        )
+        return replace_layers(model, layers, self._layer)
+
+    def _layer(self, layer: PlainLayer) -> CompressedConv2d | CompressedLinear:
         bias_terms = self.expansion if self.original else 1
-        return replace_layers(model, layers, lambda layer: quantize(layer, quantizer, bias_terms))
+        return compress(layer, weight_quantizer=self._quantizer(layer), bias_terms=bias_terms)
+
+    def _quantizer(self, layer: PlainLayer) -> WeightQuantizer:
+        match self.rule:
+            case "twn":
+                return TernaryWeightNetworkQuantizer()
+            case "ttq":
+                return TrainedTernaryQuantizer(layer.weight)
+            case "he":
+                factors = self.thresholds or _FACTORS[self.expansion]
+                return TernaryQuantizer(factors, strict_negative_edge=self.original)

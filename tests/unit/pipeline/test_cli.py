@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import models
 from pipeline.cli import main, smoke
 from pipeline.config import Experiment
 from pipeline.experiments import catalog, load_experiment
@@ -78,6 +79,15 @@ def test_list_shows_every_curated_experiment(capsys):
     for name in catalog():
         assert name in shown
     assert "99.50" in shown
+
+
+def test_list_shows_every_network_and_method_and_says_what_is_ours(capsys):
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*models.list_backbones(), *models.list_methods()):
+        assert f"  {name} " in shown
+    assert main(["--list", "threshnet28"]) == 0
+    assert "ours" in capsys.readouterr().out
 
 
 def test_list_takes_a_glob(capsys):

@@ -77,3 +77,16 @@ def test_cosine_after_warmup_starts_at_the_peak_and_ends_near_zero():
 def test_warmup_may_take_the_whole_training():
     recipe = Recipe(epochs=1, lr=1.0, warmup_epochs=1)
     assert rates(recipe, 4) == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_a_step_leaves_the_latent_weights_of_a_binary_network_clipped():
+    model = models.create_model(
+        "lenet5", "binary(last=float)", num_classes=10, in_channels=1, image_size=28
+    )
+    optimizer = build_optimizer(model, Recipe(optimizer="sgd", lr=100.0))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, layer in models.quantized_layers(model):
+        assert torch.equal(layer.weight, torch.full_like(layer.weight, -1.0)), name
+    assert model.get_parameter("fc2.weight").max() < -90  # float layers are not clipped
