@@ -38,8 +38,9 @@ ui: setup ## Show the runs in the browser; another port with PORT=5001
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PYTHON) -m mlflow ui --workers 1 \
 		--backend-store-uri sqlite:///runs/mlflow.db --port $(PORT)
 
-docs: setup ## Draw the picture of the pipeline again
+docs: setup ## Draw the picture of the pipeline and write the table of networks again
 	@$(PYTHON) docs/draw_pipeline.py
+	@$(PYTHON) -m docs.write_networks
 
 lock: setup ## Resolve requirements.lock again from pyproject.toml, keeping versions where they fit
 	@$(PYTHON) -m uv pip compile --quiet --python-version 3.11 --python-platform linux --group dev \

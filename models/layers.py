@@ -87,17 +87,15 @@ class CompressedLayer(nn.Module):
 
     def weight_storage(self) -> Storage:
         """Return the form in which the weight is stored: pre-defined zeros are not."""
-        kept = self.weight.numel() if self.mask is None else self.mask.kept
-        if self.weight_quantizer is None:
-            return Storage("sparse", kept, bank_bits=self.mask.bank_bits if self.mask else 0)
+        quantizer = self.weight_quantizer
+        schemes = [] if self.mask is None else ["sparse"]
+        schemes += [] if quantizer is None else [quantizer.scheme]
         return Storage(
-            self.weight_quantizer.scheme
-            if self.mask is None
-            else f"sparse+{self.weight_quantizer.scheme}",
-            kept,
-            levels=self.weight_quantizer.levels,
-            scales=self.weight_quantizer.scales(self.weight),
-            bank_bits=self.mask.bank_bits if self.mask else 0,
+            "+".join(schemes) or "float32",
+            self.weight.numel() if self.mask is None else self.mask.kept,
+            levels=None if quantizer is None else quantizer.levels,
+            scales=0 if quantizer is None else quantizer.scales(self.weight),
+            bank_bits=0 if self.mask is None else self.mask.bank_bits,
         )
 
     def extra_repr(self) -> str:

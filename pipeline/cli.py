@@ -314,20 +314,28 @@ def _costs(profile: Profile) -> list[str]:
         learned += f", {profile.frozen:,} frozen"
     if profile.masked:
         learned += f"; {profile.masked:,} pre-defined zeros are not among them"
-    by_bits = ", ".join(f"{count:,} at {bits:g}" for bits, count in profile.by_bits.items())
-    operations = f"MACs       {profile.macs:,} executed"
+    by_bits = ", ".join(f"{count:,} at {bits:g} bits" for bits, count in profile.by_bits.items())
+    stored = (
+        f"{profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32: "
+        f"{profile.ratio:.1f}x smaller"
+    )
+    for name, size in profile.by_format.items():
+        if size < profile.stored_bytes:
+            stored += f"; {size:,} as {name}"
+    operations = f"MACs       {profile.macs:,}"
     if profile.nominal_macs != profile.macs:
-        operations += f", {profile.nominal_macs:,} with whole kernels at the edges"
+        operations += f", {profile.nominal_macs:,} with the taps that see only padding"
+    if profile.executed_macs != profile.macs:
+        operations += f", {profile.executed_macs:,} executed"
     if profile.kept_macs != profile.nominal_macs:
         operations += f", {profile.kept_macs:,} without pre-defined zeros"
     return [
         f"parameters {learned}",
-        f"bits       {by_bits}",
+        f"by bits    {by_bits}",
         operations,
         f"memory     {profile.activation_bytes:,} bytes of activations, "
         f"at least {profile.peak_activation_bytes:,} at a time",
-        f"stored     {profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32: "
-        f"{profile.ratio:.1f}x smaller",
+        f"stored     {stored}",
     ]
 
 

@@ -98,7 +98,7 @@ def weight_histogram(model: nn.Module, title: str) -> Figure:
         axes.set_title(name, fontsize=9)
         axes.set_yticks([])
         if quantized:
-            levels, shares = _levels(quantized[name].quantized_weight())
+            levels, shares = _levels(quantized[name].used_weight())
             heights = [share * max(counts) for share in shares]
             axes.vlines(levels, 0, heights, color=_ORANGE, lw=2, label="quantized")
             for level, height, share in zip(levels, heights, shares, strict=True):

@@ -87,7 +87,7 @@ def test_list_shows_every_network_and_method_and_says_what_is_ours(capsys):
     for name in (*models.list_backbones(), *models.list_methods()):
         assert f"  {name} " in shown
     assert main(["--list", "threshnet28"]) == 0
-    assert "ours" in capsys.readouterr().out
+    assert "our reconstruction" in capsys.readouterr().out
 
 
 def test_list_takes_a_glob(capsys):
@@ -101,7 +101,7 @@ def test_describe_shows_published_counts(capsys):
     """LeNet5 at 28x28: 878,154 parameters and 6,571,520 MACs (Stadtmann et al. 2020)."""
     assert main(["--describe", "mnist_lenet5_ternary"]) == 0
     shown = capsys.readouterr().out
-    for text in ("878,154", "6,571,520", "train.epochs", "conv2", "ternary"):
+    for text in ("878,154", "6,571,520", "train.epochs", "conv2", "ternary", "876,320 at 2 bits"):
         assert text in shown
 
 
