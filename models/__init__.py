@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.calls import ModelError
-    from models.create import apply_method, create_model, list_backbones, list_methods
+    from models.create import (
+        apply_method,
+        backbone_note,
+        create_model,
+        list_backbones,
+        list_methods,
+    )
     from models.profiler import LayerProfile, Profile, profile
     from models.surgery import after_step, constant_buffers, fold, quantized_layers
 
@@ -20,6 +26,7 @@ __all__ = [
     "Profile",
     "after_step",
     "apply_method",
+    "backbone_note",
     "constant_buffers",
     "create_model",
     "fold",
@@ -35,6 +42,7 @@ _HOME = {
     "Profile": "models.profiler",
     "after_step": "models.surgery",
     "apply_method": "models.create",
+    "backbone_note": "models.create",
     "constant_buffers": "models.surgery",
     "create_model": "models.create",
     "fold": "models.surgery",

@@ -81,6 +81,11 @@ def list_backbones() -> list[str]:
     return BACKBONES.names()
 
 
+def backbone_note(backbone: str) -> str:
+    """Return what should stand beside a backbone's name, or nothing. Takes a call string."""
+    return BACKBONES.get(parse_call(backbone).name).note
+
+
 def list_methods() -> list[str]:
     """Return the names of all methods in alphabetical order."""
     return METHODS.names()

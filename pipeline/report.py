@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
@@ -21,12 +22,19 @@ from pipeline.evaluate import Evaluation
 
 if TYPE_CHECKING:
     from data_prep import Dataset
+    from models import Profile
     from pipeline.stages import Result
 
 _BLUE, _ORANGE, _GRAY = "#3b6fb6", "#d9782d", "#8a8a8a"
 
 #: Up to this many classes each cell of the confusion matrix shows its count.
 _MOST_COUNTS = 20
+
+#: Of a deeper network this many layers, evenly spaced, stand for all in the weight histogram.
+_MOST_LAYERS = 24
+
+#: A weight with more levels than this (a scale per filter) is drawn as one distribution.
+_MOST_LEVELS = 9
 
 
 def curves(history: list[dict[str, float]], title: str) -> Figure:
@@ -77,9 +85,9 @@ def confusion_matrix(evaluation: Evaluation, class_names: tuple[str, ...], title
 
 
 def weight_histogram(model: nn.Module, title: str) -> Figure:
-    """Latent weights of each quantized layer, and the quantized levels they are used as.
+    """Latent weights of the quantized layers, and the quantized levels they are used as.
 
-    A float network shows its weights alone.
+    A network without quantized layers shows its weights alone.
     """
     quantized = dict(models.quantized_layers(model))
     layers = {
@@ -87,6 +95,12 @@ def weight_histogram(model: nn.Module, title: str) -> Figure:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear) and (name in quantized or not quantized)
     }
+    if len(layers) > _MOST_LAYERS:
+        names = list(layers)
+        steps = range(_MOST_LAYERS)
+        shown = [names[round(step * (len(names) - 1) / (_MOST_LAYERS - 1))] for step in steps]
+        title += f" ({_MOST_LAYERS} of {len(layers)} layers)"
+        layers = {name: layers[name] for name in shown}
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")
@@ -98,17 +112,27 @@ def weight_histogram(model: nn.Module, title: str) -> Figure:
         axes.set_title(name, fontsize=9)
         axes.set_yticks([])
         if quantized:
-            levels, shares = _levels(quantized[name].used_weight())
-            heights = [share * max(counts) for share in shares]
-            axes.vlines(levels, 0, heights, color=_ORANGE, lw=2, label="quantized")
-            for level, height, share in zip(levels, heights, shares, strict=True):
-                axes.text(level, height, f"{share:.0%}", ha="center", va="bottom", fontsize=7)
+            _draw_levels(axes, quantized[name].used_weight(), max(counts))
     for axes in list(grid)[len(layers) :]:
         axes.set_axis_off()
     if quantized:
         figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     return figure
+
+
+def _draw_levels(axes: Axes, weight: torch.Tensor, tallest: float) -> None:
+    """A line for each level of a quantized weight, as high as its share; or their histogram."""
+    levels, shares = _levels(weight)
+    if len(levels) > _MOST_LEVELS:
+        counts, edges = _histogram(weight.detach().flatten())
+        scaled = [count * tallest / max(counts) for count in counts]
+        axes.stairs(scaled, edges, color=_ORANGE, label="quantized")
+        return
+    heights = [share * tallest for share in shares]
+    axes.vlines(levels, 0, heights, color=_ORANGE, lw=2, label="quantized")
+    for level, height, share in zip(levels, heights, shares, strict=True):
+        axes.text(level, height, f"{share:.0%}", ha="center", va="bottom", fontsize=7)
 
 
 def _histogram(weights: torch.Tensor) -> tuple[list[float], list[float]]:
@@ -141,12 +165,12 @@ def model_card(result: Result) -> str:
     dataset = get_dataset(experiment.dataset)
     return f"""# {experiment.name}
 
-{experiment.backbone} with method `{experiment.method}`, trained on {dataset.title}.
+{_network(experiment.backbone)} with method `{experiment.method}`, trained on {dataset.title}.
 
 | | |
 |---|---|
 | top-1 on the test split | {result.evaluation.top1:.2f} % of {result.evaluation.images:,} images |
-| parameters | {profile.parameters:,} |
+| parameters | {_parameters(profile)} |
 | stored | {profile.stored_bytes:,} bytes ({profile.float32_bytes:,} as float32) |
 | multiply-accumulates per image | {profile.macs:,} |
 | epochs | {experiment.train.epochs} |
@@ -163,10 +187,23 @@ The registered program is the folded network: plain convolutions with the quanti
 """
 
 
+def _network(backbone: str) -> str:
+    """The backbone, and what is to be known of it, such as that it is a design of our own."""
+    note = models.backbone_note(backbone)
+    return f"{backbone} ({note})" if note else backbone
+
+
+def _parameters(profile: Profile) -> str:
+    counts = {"frozen": profile.frozen, "pre-defined zeros beside them": profile.masked}
+    kinds = [f"{count:,} {kind}" for kind, count in counts.items() if count]
+    return f"{profile.parameters:,}" + (f" ({', '.join(kinds)})" if kinds else "")
+
+
 def record(result: Result) -> dict[str, object]:
     """The figures of a run as plain data, kept in its folder; tables of results are made of it."""
     return {
         "experiment": result.experiment.name,
+        "network": _network(result.experiment.backbone),
         "method": result.experiment.method,
         "epochs": result.experiment.train.epochs,
         "top1": round(result.evaluation.top1, 3),
@@ -194,7 +231,9 @@ def summary(result: Result) -> Table:
     if reference is not None and reference.top1 is not None:
         accuracy += f" (published {reference.top1:.2f} %: {reference.what}; {reference.source})"
     table.add_row("top-1", accuracy)
-    table.add_row("parameters", f"{profile.parameters:,}")
+    if models.backbone_note(experiment.backbone):
+        table.add_row("network", _network(experiment.backbone))
+    table.add_row("parameters", _parameters(profile))
     stored = f"{profile.stored_bytes:,} bytes"
     if profile.stored_bytes < profile.float32_bytes:
         stored += f" against {profile.float32_bytes:,} as float32 ({profile.ratio:.1f}x smaller)"
