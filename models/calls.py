@@ -167,7 +167,12 @@ def _describe(annotation: Any) -> str:
         return f"one of {', '.join(map(_show, arguments))}"
     if origin is tuple:
         return f"a list, each entry {_describe(arguments[0])}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a word, or text in quotes",
+    }
     return "none" if annotation is NoneType else names[annotation]
 
 

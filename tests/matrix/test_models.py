@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def representatives() -> list[str]:
 REPRESENTATIVES = representatives()
 
 
-def pairs(names: list[str], slow: bool = False, traced: bool = False) -> list[object]:
+def pairs(names: list[str], slow: bool = False, traced: bool = False) -> list[Any]:
     """All pairs of these networks and the methods, as parameters of a test."""
-    found = []
+    found: list[Any] = []
     for backbone in names:
         for method in METHODS:
             if (method, backbone) in REFUSALS:
@@ -126,18 +127,22 @@ def test_every_parameter_takes_part_in_the_output(pair: tuple[str, str]) -> None
 
 @every_family
 def test_training_lowers_the_loss_on_its_batch(pair: tuple[str, str]) -> None:
+    # Signs that flip make the loss of a binary network rise at times: some step has to lower it.
     model = build(*pair)
     images, labels = images_for(pair, 8), torch.arange(8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(4):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    first = None
+    for _ in range(12):
         torch.manual_seed(0)  # the same dropout in each step
         loss = nn.functional.cross_entropy(model(images), labels)
+        if first is None:
+            first = loss.item()
+        elif loss.item() < first:
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[1:]) < losses[0]
+    pytest.fail(f"the loss stayed above {first:.3f}")
 
 
 @every_family

@@ -95,7 +95,7 @@ def test_values_are_converted_to_the_types_of_the_signature() -> None:
         ("t(count=1.0)", "count=1.0 is not valid; count is a whole number"),
         ("t(count=true)", "count=true is not valid; count is a whole number"),
         ("t(rate=1e999)", "rate is a number"),
-        ("t(word=3)", "word is a word"),
+        ("t(word=3)", "word is a word, or text in quotes"),
         ("t(flag=1)", "flag is true or false"),
         ("t(choice=3)", "choice is one of 1, 2, 4"),
         ("t(choice=true)", "choice is one of 1, 2, 4"),

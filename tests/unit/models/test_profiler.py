@@ -177,10 +177,8 @@ def test_frozen_weights_are_parameters_that_take_no_bytes_unless_asked_for() -> 
     assert result.parameter_bits("2-bit") == 32 * 52 + 2 * 270  # the size metric of STeP
     assert result.density == pytest.approx((180 + 40) / 310)
     assert result.macs == 64 * (270 + 40)
-    assert list(result.by_format) == ["seed", "2-bit", "3-bit", "4-bit", "5-trit", "base-9"] + [
-        "patterns",
-        "float32",
-    ]
+    codes = ["2-bit", "3-bit", "4-bit", "5-trit", "base-9"]
+    assert list(result.by_format) == ["seed", *codes, "patterns", "float32"]
     assert result.by_format["float32"] == result.float32_bytes
 
 
