@@ -18,14 +18,15 @@ class WeightMask(nn.Module):
     state dict, not broadcast, not reduced. It lies in memory with the channels innermost, as the
     weights do in training.
 
-    `kept` counts the weights that are not masked. `bank_bits` is what the description of the mask
-    costs to store, in bits.
+    `phases` is P. `kept` counts the weights that are not masked. `bank_bits` is what the
+    description of the mask costs to store, in bits.
     """
 
     period: Tensor
 
     def __init__(self, period: Tensor, filters: int, bank_bits: int) -> None:
         super().__init__()
+        self.phases = len(period)
         if filters % len(period):
             period = period.repeat(-(-filters // len(period)), 1, 1, 1)[:filters]
         repeats = filters // len(period)
@@ -58,7 +59,7 @@ class WeightMask(nn.Module):
         return self.period.sum((1, 2, 3), keepdim=True).repeat(self.repeats, 1, 1, 1)
 
     def extra_repr(self) -> str:
-        return f"period={len(self.period)}, kept={self.kept}"
+        return f"phases={self.phases}, kept={self.kept}"
 
 
 def kernel_supports(kernel_size: tuple[int, int], positions: int) -> Tensor:

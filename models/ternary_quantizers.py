@@ -180,6 +180,7 @@ class _SummedTernary(torch.autograd.Function):
         for delta in others:
             kept, scale = _kept(weight, magnitude, delta, strict_negative_edge)
             level.addcmul_(kept, scale)
+        del magnitude, kept  # fresh memory is slow on the CPU: let the result have theirs
         return level.copysign(weight)
 
     @staticmethod

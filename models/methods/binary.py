@@ -63,6 +63,9 @@ class Binary(Method):
     - `order`: the order of layers in the paper's networks. auto is CPBA, which the paper
       recommends, whatever they were built with.
 
+    Networks of depthwise convolutions (mobilenetv2, efficientnetb0) learn little with binary
+    activations; `binary-bwn` leaves theirs in float.
+
     Deviations from the authors' code, undone by `original=true`: see `binarize` and
     ActivationQuantizer. Theirs also gives float first and last layers of VGGNet7 a bias, whatever
     was asked for.

@@ -51,6 +51,8 @@ class Ternary(Method):
     short_forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "x2": {"expansion": 2},
         "x4": {"expansion": 4},
+        "twn": {"rule": "twn"},
+        "ttq": {"rule": "ttq"},
     }
 
     rule: Literal["he", "twn", "ttq"] = "he"

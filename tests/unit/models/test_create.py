@@ -12,8 +12,8 @@ import models
 from models import ModelError, create_model, list_backbones, list_methods, quantized_layers
 from models.methods import METHODS, Kind, Method, resolve_methods
 from models.methods.ternary import Ternary
-from models.quantizers import TernaryQuantizer
 from models.registry import Registry
+from models.ternary_quantizers import TernaryQuantizer
 
 
 def lenet5(method: str = "float", seed: int = 0) -> nn.Module:

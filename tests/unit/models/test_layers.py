@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import apply_method, fold, quantized_layers
-from models.layers import QuantizedConv2d, QuantizedLinear, quantize
-from models.quantizers import TernaryQuantizer
+from models import ModelError, apply_method, fold, quantized_layers
+from models.layers import CompressedConv2d, CompressedLinear, TrimmedConv2d, compress
+from models.ternary_quantizers import TernaryQuantizer
 
 FACTORS = {1: (0.05,), 2: (0.05, 0.10), 4: (0.05, 0.10, 0.15, 0.20)}
 
@@ -52,7 +52,7 @@ def test_golden_convolution_of_the_reference_code(
     net = nn.Sequential(golden_layer())
     apply_method(net, f"ternary(expansion={expansion}, original=true)")
     layer = net[0]
-    assert isinstance(layer, QuantizedConv2d)
+    assert isinstance(layer, CompressedConv2d)
     images = torch.cos(0.37 * torch.arange(75, dtype=torch.float64)).view(1, 3, 5, 5)
     output = net(images)
     output.square().sum().backward()
@@ -87,7 +87,7 @@ def test_layer_equals_the_functional_form_with_the_quantized_weight(
     layer: nn.Conv2d | nn.Linear, expansion: int
 ) -> None:
     quantizer = TernaryQuantizer(FACTORS[expansion])
-    result = quantize(layer, quantizer)
+    result = compress(layer, weight_quantizer=quantizer)
     reference = nn.Sequential(layer)
     shape = (2, 4, 7, 5) if isinstance(layer, nn.Conv2d) else (2, 5)
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -116,7 +116,7 @@ def test_a_weight_at_the_negative_edge_is_kept_but_in_the_original(method: str, 
     weight[0, 1], weight[0, 2] = 0.05 * weight.max(), -(0.05 * weight.max())
     layer.load_state_dict({"weight": weight})
     ((_, quantized),) = quantized_layers(apply_method(nn.Sequential(layer), method))
-    signs = quantized.quantized_weight().sign()
+    signs = quantized.used_weight().sign()
     assert signs.tolist() == [[1, 1, -1 if kept else 0, -1]]
 
 
@@ -125,7 +125,7 @@ def test_a_quantized_layer_owns_the_same_parameters_under_the_same_keys(
     layer: nn.Conv2d | nn.Linear,
 ) -> None:
     layer.eval()
-    result = quantize(layer, TernaryQuantizer())
+    result = compress(layer, weight_quantizer=TernaryQuantizer())
     assert list(result.state_dict()) == list(layer.state_dict())
     for ours, theirs in zip(result.parameters(), layer.parameters(), strict=True):
         assert ours is theirs
@@ -134,7 +134,7 @@ def test_a_quantized_layer_owns_the_same_parameters_under_the_same_keys(
 
 
 def test_a_folded_layer_is_plain_and_shares_no_memory() -> None:
-    layer = quantize(nn.Linear(4, 5), TernaryQuantizer())
+    layer = compress(nn.Linear(4, 5), weight_quantizer=TernaryQuantizer())
     plain = layer.folded()
     assert type(plain) is nn.Linear
     before = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -148,32 +148,59 @@ def test_a_folded_layer_is_plain_and_shares_no_memory() -> None:
 def test_making_a_layer_draws_no_random_numbers() -> None:
     layer = nn.Conv2d(2, 3, 3)
     state = torch.get_rng_state()
-    quantize(layer, TernaryQuantizer()).folded()
+    compress(layer, weight_quantizer=TernaryQuantizer()).folded()
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_input_gradient_uses_the_quantized_weight() -> None:
-    layer = quantize(nn.Linear(4, 3, bias=False), TernaryQuantizer())
+def test_input_gradient_uses_the_used_weight() -> None:
+    layer = compress(nn.Linear(4, 3, bias=False), weight_quantizer=TernaryQuantizer())
     inputs = torch.randn(2, 4, requires_grad=True)
     upstream = torch.randn(2, 3)
     layer(inputs).backward(upstream)
     assert inputs.grad is not None
-    torch.testing.assert_close(inputs.grad, upstream @ layer.quantized_weight().detach())
+    torch.testing.assert_close(inputs.grad, upstream @ layer.used_weight().detach())
 
 
 def test_channels_last_weights_stay_channels_last() -> None:
     layer = nn.Conv2d(4, 6, 3)
     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-    kernel = quantize(layer, TernaryQuantizer()).quantized_weight()
+    kernel = compress(layer, weight_quantizer=TernaryQuantizer()).used_weight()
     assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_step_of_training_is_the_step_on_the_latent_weight() -> None:
-    layer = quantize(nn.Linear(3, 2, bias=False), TernaryQuantizer())
-    assert isinstance(layer, QuantizedLinear)
+    layer = compress(nn.Linear(3, 2, bias=False), weight_quantizer=TernaryQuantizer())
+    assert isinstance(layer, CompressedLinear)
     before = layer.weight.detach().clone()
     inputs, upstream = torch.randn(5, 3), torch.randn(5, 2)
     layer(inputs).backward(upstream)
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
     expected: Tensor = before - 0.1 * functional.linear(upstream.T, inputs.T)
     torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (2, 1), (5, 5)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups"), [(3, 1, 1), (3, 2, 3), (5, 1, 1), (7, 2, 1)]
+)
+def test_a_trimmed_convolution_is_the_plain_one_in_value_and_gradient(
+    size: tuple[int, int], kernel: int, stride: int, groups: int
+) -> None:
+    layer = TrimmedConv2d(
+        3, 6, kernel, stride, padding=kernel // 2, groups=groups, dtype=torch.float64
+    )
+    plain, ternary = layer.folded(), compress(layer, weight_quantizer=TernaryQuantizer())
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    for ours, theirs in ((layer, plain), (ternary, ternary.folded())):
+        torch.testing.assert_close(ours(images), theirs(images))
+    layer(images).square().sum().backward()
+    plain(images).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
+    assert type(plain) is nn.Conv2d
+
+
+def test_a_layer_takes_one_quantizer() -> None:
+    layer = compress(nn.Linear(3, 2), weight_quantizer=TernaryQuantizer())
+    with pytest.raises(ModelError, match="already has a weight quantizer"):
+        compress(layer, weight_quantizer=TernaryQuantizer())
