@@ -111,13 +111,29 @@ class CompressedLayer(nn.Module):
         return bias if bias is None or self.bias_terms == 1 else bias * self.bias_terms
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Load as usual, then bring a dense weight back under the mask.
+        """Load as usual, then bring a dense weight under the mask; one of another mask is an error.
 
         The checkpoint of a float network has no learned scales: they start anew from its weight.
         """
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        stored = state_dict.get(f"{prefix}weight")
+        if self.mask is not None and stored is not None and self.mask.contradicts(stored):
+            error_msgs.append(
+                f"{prefix}weight was trained under another mask: build the network with the "
+                "method's arguments (kernel, period, full, pattern, seed) that it was trained with"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if self.mask is not None:
             self.mask.mask_in_place(self.weight)
         scales = f"{prefix}weight_quantizer."

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: A stored weight with this share of exact zeros was trained under a mask; those of the method
+#: `sparse` are at least 48 % zeros.
+_MASKED_SHARE = 0.25
+
 
 class WeightMask(nn.Module):
     """A mask over a convolution's weight (O, I, kh, kw) that repeats along the filters.
@@ -49,6 +53,20 @@ class WeightMask(nn.Module):
         """Set the weight to zero under the mask."""
         with torch.no_grad():
             weight.unflatten(0, (self.repeats, -1)).mul_(self.period)
+
+    def contradicts(self, weight: Tensor) -> bool:
+        """Return whether a stored weight was trained under another mask than this one.
+
+        A dense weight contradicts no mask. One with many exact zeros has been under a mask, and
+        where that was this one nothing else is left.
+        """
+        full = self.full()
+        if weight.is_meta or full.is_meta or weight.shape != full.shape:
+            return False
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if zeros < _MASKED_SHARE * weight.numel():
+            return False
+        return bool((weight * (1 - full).to(weight)).any())
 
     def full(self) -> Tensor:
         """Return the whole mask (O, I, kh, kw)."""

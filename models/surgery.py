@@ -76,6 +76,11 @@ def weight_layers(model: nn.Module) -> list[Layer]:
     ]
 
 
+def declared_parts(model: nn.Module) -> set[Part]:
+    """Return the parts that a network declares, also of layers that a method has frozen."""
+    return set(getattr(model, "roles", {}).values())
+
+
 def replace_layers(
     model: nn.Module,
     layers: Iterable[Layer],

@@ -18,6 +18,7 @@ from models.methods import Kind, Method, method
 from models.surgery import (
     Layer,
     activation_modules,
+    declared_parts,
     quantized_layers,
     replace_layers,
     replace_modules,
@@ -129,7 +130,7 @@ class Binary(Method):
         return replace_layers(model, chosen, lambda layer: compressed[layer])
 
     def _without_float_ends(self, model: nn.Module, layers: list[Layer]) -> list[Layer]:
-        parts = {layer.part for layer in layers}
+        parts = declared_parts(model)
         kept_float = set()
         for option, part in (("first", "stem"), ("last", "head")):
             precision = getattr(self, option)

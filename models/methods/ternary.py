@@ -12,7 +12,7 @@ from models.calls import ModelError
 from models.layers import CompressedConv2d, CompressedLinear, PlainLayer, compress
 from models.methods import Kind, Method, method
 from models.quantizers import WeightQuantizer
-from models.surgery import replace_layers, weight_layers
+from models.surgery import declared_parts, replace_layers, weight_layers
 from models.ternary_quantizers import (
     TernaryQuantizer,
     TernaryWeightNetworkQuantizer,
@@ -85,7 +85,7 @@ class Ternary(Method):
         if any(layer.quantized for layer in layers):
             raise ModelError(f"{type(model).__name__} already has quantized layers")
         if self.first_last == "float":
-            missing = {"stem", "head"} - {layer.part for layer in layers}
+            missing = {"stem", "head"} - declared_parts(model)
             if missing:
                 raise ModelError(
                     f"ternary: first_last=float needs to know the {' and '.join(sorted(missing))} "

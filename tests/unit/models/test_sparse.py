@@ -255,3 +255,13 @@ def test_a_mask_comes_before_a_quantizer_and_only_once() -> None:
         apply_method(apply_method(small_network(), "sparse"), "sparse-psc4")
     with pytest.raises(ModelError, match="touches no layer"):
         apply_method(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)), "sparse")
+
+
+def test_weights_trained_under_another_mask_are_refused() -> None:
+    first = create_model("resnet20", "sparse-psc2", num_classes=10, image_size=32)
+    for method in ("sparse(kernel=2, pattern=random, seed=1)", "sparse-psd2p8", "sparse-psd4p8"):
+        other = create_model("resnet20", method, num_classes=10, image_size=32)
+        with pytest.raises(RuntimeError, match=r"conv1\.weight was trained under another"):
+            other.load_state_dict(first.state_dict())
+    same = create_model("resnet20", "sparse-psc2", num_classes=10, image_size=32, seed=1)
+    same.load_state_dict(first.state_dict())
