@@ -14,9 +14,12 @@ if TYPE_CHECKING:
         apply_method,
         backbone_note,
         create_model,
+        explain,
         list_backbones,
         list_methods,
     )
+    from models.methods.binary import latent_regularization
+    from models.periodic import fold_periodic
     from models.profiler import LayerProfile, Profile, profile
     from models.surgery import after_step, constant_buffers, fold, quantized_layers
 
@@ -29,7 +32,10 @@ __all__ = [
     "backbone_note",
     "constant_buffers",
     "create_model",
+    "explain",
     "fold",
+    "fold_periodic",
+    "latent_regularization",
     "list_backbones",
     "list_methods",
     "profile",
@@ -45,7 +51,10 @@ _HOME = {
     "backbone_note": "models.create",
     "constant_buffers": "models.surgery",
     "create_model": "models.create",
+    "explain": "models.create",
     "fold": "models.surgery",
+    "fold_periodic": "models.periodic",
+    "latent_regularization": "models.methods.binary",
     "list_backbones": "models.create",
     "list_methods": "models.create",
     "profile": "models.profiler",

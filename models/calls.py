@@ -55,7 +55,9 @@ def parse_call(text: str) -> Call:
     try:
         call = ast.parse(f"call({arguments})", mode="eval").body
     except (SyntaxError, ValueError):
-        raise ModelError(f"cannot read {text!r}: {_EXAMPLE}") from None
+        leading_zero = re.search(r"(?<![\w.])0\d+", arguments)
+        hint = f"put digits in quotes, '{leading_zero.group()}'" if leading_zero else _EXAMPLE
+        raise ModelError(f"cannot read {text!r}: {hint}") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise ModelError(f"cannot read {text!r}: {_EXAMPLE}")  # a(x=1)(x=2) or a(x=1).b(x=2)
     if call.args:
@@ -95,6 +97,25 @@ def bind(call: Call, target: Callable[..., Any], reserved: Iterable[str] = ()) -
                 f"{_nearest_choice(value, annotation)}; {name} is {_describe(annotation)}"
             ) from None
     return bound
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument that a call may give: its default and its values, as they are written."""
+
+    name: str
+    default: str
+    values: str
+
+
+def options(target: Callable[..., Any], reserved: Iterable[str] = ()) -> list[Option]:
+    """List the arguments that `bind` accepts for a target, in their order."""
+    parameters = inspect.signature(target, eval_str=True).parameters
+    return [
+        Option(name, _show(parameter.default), _describe(parameter.annotation))
+        for name, parameter in parameters.items()
+        if name not in set(reserved)
+    ]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

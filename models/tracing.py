@@ -58,7 +58,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> Trace:
     Neither the network nor any of its tensors is touched or copied. Raises ModelError when the
     network does not take such an image.
     """
-    shadow = _without_data(model).eval()
+    shadow = without_data(model).eval()
     result = Trace()
     running: list[Calls] = []
     counted: dict[nn.Module, Torchstat] = {}
@@ -81,7 +81,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> Trace:
     return result
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> nn.Module:
     """Return a copy with float32 parameters and buffers on the meta device."""
     tensors: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
@@ -145,6 +145,9 @@ _MATRIX_PRODUCTS = {
     torch.ops.aten.baddbmm.default: 1,
 }
 
+#: Which argument of aten.convolution says that it is a transposed one.
+_TRANSPOSED = 6
+
 
 class _CountProducts(TorchDispatchMode):
     """Charges each convolution and matrix product to the module that runs at that moment."""
@@ -158,8 +161,11 @@ class _CountProducts(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
-            # Each element of the output is a product with one filter.
-            self._running[-1].macs += output.numel() * prod(args[1].shape[1:])
+            # Each element of the output is a product with one filter; where the convolution is
+            # transposed, each element of the input is.
+            transposed = args[_TRANSPOSED]
+            elements = args[0].numel() if transposed else output.numel()
+            self._running[-1].macs += elements * prod(args[1].shape[1:])
         elif func in _MATRIX_PRODUCTS:
             left = args[_MATRIX_PRODUCTS[func]]
             self._running[-1].macs += output.numel() * left.shape[-1]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import io
-import os
-import re
 import shlex
 import signal
 import sys
@@ -14,22 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from models.registry import declared
 from pipeline.config import (
     Experiment,
     PipelineError,
-    flatten,
     load_yaml,
     nearest,
     override,
     without_effect,
 )
-from pipeline.experiments import catalog, check_parts, load_experiment
+from pipeline.describe import console, describe, dry_run, list_parts
+from pipeline.experiments import check_parts, load_experiment
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from models import Profile
+    pass
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
 _EPILOG = """\
@@ -140,7 +134,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if options.list is not None:
         if len(arguments) > 1 + (options.list != "*"):
             raise PipelineError("--list goes alone, or with a pattern: --list 'mnist*'")
-        _list(options.list)
+        list_parts(options.list)
         return 0
     if options.resume is not False and (options.dry_run or options.describe):
         raise PipelineError("--resume runs; it does not go with --dry-run or --describe")
@@ -148,9 +142,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise PipelineError("give one of --describe and --dry-run, not both")
     experiment = _experiment(options)
     if options.describe:
-        _describe(experiment, options.yaml)
+        describe(experiment, options.yaml)
     elif options.dry_run:
-        _dry_run(experiment, options.settings)
+        dry_run(experiment, options.settings)
     else:
         _run(experiment, options)
     return 0
@@ -201,7 +195,7 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> None:
     from pipeline.report import next_commands, summary
     from pipeline.stages import run
 
-    display = Display(_console())
+    display = Display(console())
     for line in without_effect(experiment, options.settings):
         display.note(line)
     if not experiment.tuned:
@@ -211,178 +205,3 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> None:
     for label, command in next_commands(result):
         # Whole and literal, so that it can be copied from a narrow terminal too.
         display.console.print(f"{label:<8}{command}", markup=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Without a terminal there is no width to keep; lines stay whole for grep and log files.
-    return Console(
-        highlight=False,
-        soft_wrap=not sys.stdout.isatty(),
-        width=None if sys.stdout.isatty() else 160,
-    )
-
-
-def _list(pattern: str) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    experiments = Table(box=SIMPLE)
-    experiments.add_column("experiment", style="bold", no_wrap=True)
-    experiments.add_column("reproduces")
-    experiments.add_column("published top-1", justify="right")
-    for name, entry in catalog().items():
-        if fnmatch.fnmatch(name, pattern):
-            assert entry.reference is not None
-            published = f"{entry.reference.top1:.2f}" if entry.reference.top1 else "-"
-            what = entry.reference.what
-            if entry.reference.source:
-                what += f" ({entry.reference.source})"
-            experiments.add_row(name, what, published)
-    tables = [experiments]
-    parts = {"network": declared("backbone"), "method": declared("method")}
-    for kind, declarations in parts.items():
-        table = Table(box=SIMPLE)
-        table.add_column(kind, style="bold", no_wrap=True)
-        table.add_column("what it is")
-        for declaration in declarations:
-            if fnmatch.fnmatch(declaration.name, pattern):
-                note = f" ({declaration.note})" if declaration.note else ""
-                table.add_row(declaration.name, declaration.summary + note)
-        tables.append(table)
-    found = [table for table in tables if table.row_count]
-    if not found:
-        raise PipelineError(
-            f"no experiment, network or method matches {pattern!r}{nearest(pattern, catalog())}"
-        )
-    for table in found:
-        _console().print(table)
-
-
-def _describe(experiment: Experiment, as_yaml: bool) -> None:
-    if as_yaml:
-        print(experiment.to_yaml(), end="")
-        return
-    console = _console()
-    for key, value in flatten(experiment.model_dump(mode="json")).items():
-        console.print(f"{key:<28}{'none' if value is None else value}", markup=False)
-    _print_layers(console, experiment)
-
-
-def _print_layers(console: Console, experiment: Experiment) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    profile = _profile(experiment)
-    table = Table(box=SIMPLE)
-    table.add_column("layer", style="bold")
-    for title in ("kind", "output", "parameters", "bits", "scheme", "MACs", "stored bytes"):
-        left = title in ("kind", "output", "scheme")
-        table.add_column(title, justify="left" if left else "right")
-    for layer in profile.layers:
-        table.add_row(
-            layer.name,
-            layer.kind,
-            "x".join(str(size) for size in layer.output_shape),
-            f"{layer.parameters:,}",
-            f"{layer.bits:g}",
-            layer.scheme,
-            f"{layer.macs:,}",
-            f"{layer.stored_bytes:,}",
-        )
-    table.add_section()
-    table.add_row(
-        "total",
-        "",
-        "",
-        f"{profile.parameters:,}",
-        "",
-        "",
-        f"{profile.macs:,}",
-        f"{profile.stored_bytes:,}",
-    )
-    console.print(table)
-    for line in _costs(profile):
-        console.print(line)
-
-
-def _costs(profile: Profile) -> list[str]:
-    """What the layers add up to, where it is more than the sum of a column."""
-    learned = f"{profile.learned:,} learned"
-    if profile.frozen:
-        learned += f", {profile.frozen:,} frozen"
-    if profile.masked:
-        learned += f"; {profile.masked:,} pre-defined zeros are not among them"
-    by_bits = ", ".join(f"{count:,} at {bits:g} bits" for bits, count in profile.by_bits.items())
-    stored = (
-        f"{profile.stored_bytes:,} bytes against {profile.float32_bytes:,} as float32: "
-        f"{profile.ratio:.1f}x smaller"
-    )
-    for name, size in profile.by_format.items():
-        if size < profile.stored_bytes:
-            stored += f"; {size:,} as {name}"
-    operations = f"MACs       {profile.macs:,}"
-    if profile.nominal_macs != profile.macs:
-        operations += f", {profile.nominal_macs:,} with the taps that see only padding"
-    if profile.executed_macs != profile.macs:
-        operations += f", {profile.executed_macs:,} executed"
-    if profile.kept_macs != profile.nominal_macs:
-        operations += f", {profile.kept_macs:,} without pre-defined zeros"
-    return [
-        f"parameters {learned}",
-        f"by bits    {by_bits}",
-        operations,
-        f"memory     {profile.activation_bytes:,} bytes of activations, "
-        f"at least {profile.peak_activation_bytes:,} at a time",
-        f"stored     {stored}",
-    ]
-
-
-def _profile(experiment: Experiment) -> Profile:
-    import data_prep
-    import models
-    from pipeline.loop import build_model
-
-    return models.profile(
-        build_model(experiment), data_prep.get_dataset(experiment.dataset).image_size
-    )
-
-
-def _dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
-    from pipeline.stages import check, data_options, training_images
-
-    check(experiment)
-    import data_prep
-    import models
-    from pipeline import launch
-    from pipeline.loop import build_model
-
-    lines = [("note", line) for line in without_effect(experiment, settings)]
-    try:
-        plan = data_prep.plan(experiment.dataset, **data_options(experiment))
-    except data_prep.DataError as error:
-        raise PipelineError(str(error)) from None
-    files = ", ".join(f"{name} ({size:,} bytes)" for name, size in plan.files.items())
-    how = "ready in" if plan.ready else f"would be made from {plan.source} in"
-    lines.append(("prepare", f"{files} {how} {plan.folder}"))
-    epochs, batch = experiment.train.epochs, experiment.train.batch_size
-    steps = training_images(experiment) // batch
-    where = launch.device_description(launch.worker_count(experiment))
-    total = f"{epochs * steps:,} in all, on {where}"
-    lines.append(("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}"))
-    quantized = [name for name, _ in models.quantized_layers(build_model(experiment))]
-    names = ", ".join(quantized) or "none"
-    lines.append(("layers", f"{len(quantized)} quantized by {experiment.method}: {names}"))
-    runs = experiment.tracking.runs.absolute()
-    folder = runs / experiment.name
-    lines.append(("run", f"a new folder in {folder}, a checkpoint per epoch"))
-    if experiment.tracking.enabled:
-        uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        address = re.sub("//[^/@]*@", "//", uri) if uri else runs / "mlflow.db"
-        lines.append(("track", f"MLflow, {address}"))
-        if experiment.tracking.register_model:
-            lines.append(("register", f"models:/{experiment.name}"))
-    console = _console()
-    for name, text in [*lines, ("", "nothing was written")]:
-        console.print(f"{name:<9}{text}", markup=False)

@@ -171,7 +171,7 @@ def model_card(result: Result) -> str:
 |---|---|
 | top-1 on the test split | {result.evaluation.top1:.2f} % of {result.evaluation.images:,} images |
 | parameters | {_parameters(profile)} |
-| stored | {profile.stored_bytes:,} bytes ({profile.float32_bytes:,} as float32) |
+| stored | {profile.stored_bytes:,} bytes ({profile.float32_bytes:,} with this network in float32) |
 | multiply-accumulates per image | {profile.macs:,} |
 | epochs | {experiment.train.epochs} |
 
@@ -236,7 +236,10 @@ def summary(result: Result) -> Table:
     table.add_row("parameters", _parameters(profile))
     stored = f"{profile.stored_bytes:,} bytes"
     if profile.stored_bytes < profile.float32_bytes:
-        stored += f" against {profile.float32_bytes:,} as float32 ({profile.ratio:.1f}x smaller)"
+        stored += (
+            f" against {profile.float32_bytes:,} of this network in float32 "
+            f"({profile.ratio:.1f}x smaller)"
+        )
     table.add_row("stored", stored)
     table.add_row("MACs", f"{profile.macs:,} per image")
     rate = result.history[-1]["images_per_second"]

@@ -121,7 +121,7 @@ class _MobileBottleneck(nn.Module):
 
     (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)). The input is
     added where the shapes agree. Without an expansion the first 1x1 is left out, or, with
-    `unused_expansion`, owned and not used.
+    `unused_expansion`, owned and neither used nor trained.
     """
 
     def __init__(
@@ -142,6 +142,9 @@ class _MobileBottleneck(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
             self.bn1 = nn.BatchNorm2d(inner)
             self.act1 = nn.SiLU(inplace=True)
+        if unused_expansion and not self.expands:  # DDP would wait for their gradients
+            self.conv1.requires_grad_(False)
+            self.bn1.requires_grad_(False)
         self.conv2 = nn.Conv2d(
             inner, inner, kernel, stride=stride, padding=kernel // 2, groups=inner, bias=False
         )

@@ -73,8 +73,8 @@ class GhostNet(nn.Module):
         width: float = 1.0,
     ) -> None:
         super().__init__()
-        if width <= 0:
-            raise ModelError(f"ghostnet: width must be above 0, not {width}")
+        if width < 0.1:  # no multiple of the divisor is near any more
+            raise ModelError(f"ghostnet: width must be at least 0.1, not {width}")
         stride = 1 if resolve_form(form, image_size) == "cifar" else 2
         channels = round_channels(16 * width, 4)
         self.conv_stem = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)

@@ -20,6 +20,9 @@ from models.surgery import Part
 
 Stem = Literal["original", "small"]
 
+#: Channels that a layer of a dense block adds, in DenseNet-BC and ThreshNet.
+_GROWTH = 32
+
 
 @dataclass(frozen=True)
 class Block:
@@ -258,16 +261,18 @@ class HarmonicNet(nn.Module):
         in_channels: int,
         image_size: int,
         stem: Stem,
-        growth: int = 32,
+        growth: int = _GROWTH,
     ) -> None:
         super().__init__()
         if not 0 <= design.dense_blocks <= len(design.blocks):
             raise ModelError(
-                f"dense_blocks must be between 0 and {len(design.blocks)}, "
+                f"threshnet: dense_blocks must be between 0 and {len(design.blocks)}, "
                 f"not {design.dense_blocks}"
             )
+        if growth != _GROWTH and design.dense_blocks == 0:
+            raise ModelError("threshnet: growth has no effect with dense_blocks=0")
         if growth < 1:
-            raise ModelError(f"growth must be at least 1, not {growth}")
+            raise ModelError(f"threshnet: growth must be at least 1, not {growth}")
         self.base = nn.Sequential(*_stem(design, in_channels, stem))
         channels = design.stem[1]
         side = image_size if stem == "small" else (image_size + 3) // 4

@@ -21,14 +21,14 @@ def lenet5(
     image_size: int,
     width: int = 1,
     bias: bool = True,
-    order: BlockOrder = "CBAP",
+    order: BlockOrder | None = None,
     xnor: bool = False,
 ) -> LeNet5:
     """LeNet5 of the binary paper: two 5x5 convolutions, two linear layers.
 
     Input (N, in_channels, H, W) with H = W = image_size >= 12, output logits (N, num_classes).
     `width` multiplies the channels of both convolutions; `bias` is for all four layers; `order`
-    says where the blocks pool; `xnor` builds XnorLeNet5.
+    says where the blocks pool (see BlockNetwork); `xnor` builds XnorLeNet5.
     """
     if width < 1:
         raise ModelError(f"lenet5: width must be at least 1, not {width}")
@@ -56,7 +56,7 @@ class LeNet5(BlockNetwork):
         image_size: int,
         width: int,
         bias: bool,
-        order: BlockOrder,
+        order: BlockOrder | None,
     ) -> None:
         super().__init__(order)
         side = (image_size // 2 - 4) // 2
@@ -101,7 +101,7 @@ class XnorLeNet5(LeNet5):
         image_size: int,
         width: int,
         bias: bool,
-        order: BlockOrder,
+        order: BlockOrder | None,
     ) -> None:
         super().__init__(num_classes, in_channels, image_size, width, bias, order)
         del self.activation3, self.bn4

@@ -92,8 +92,8 @@ def mobilenetv2(
     on Tiny ImageNet: 5120 features at 64 pixels, 3,308,312 parameters for 200 classes.
     """
     chosen = form or resolve_form(None, image_size)
-    if width <= 0:
-        raise ModelError(f"mobilenetv2: width must be above 0, not {width}")
+    if width < 0.1:  # no multiple of the divisor is near any more
+        raise ModelError(f"mobilenetv2: width must be at least 0.1, not {width}")
     if head == "flattened" and chosen != "cifar":
         raise ModelError(f"mobilenetv2: head=flattened belongs to form=cifar, not to form={chosen}")
     if chosen == "imagenet":

@@ -72,7 +72,7 @@ def threshnet28(
     growth: int = 32,
     stem: Stem = "original",
 ) -> HarmonicNet:
-    """ThreshNet28: 28 convolutions, our reconstruction from the published totals.
+    """ThreshNet28: 28 convolutions, of which 14 are in dense blocks.
 
     The authors published four totals, and no network. Ours is what a search over designs like
     theirs found nearest to all four: 28 convolutions, five blocks, dense before harmonic, k of 40

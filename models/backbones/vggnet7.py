@@ -10,6 +10,7 @@ from models.backbones import backbone
 from models.backbones.initialization import xavier_normal
 from models.blocks import BlockNetwork, BlockOrder
 from models.calls import ModelError
+from models.layers import TrimmedConv2d
 from models.surgery import Part
 
 
@@ -27,7 +28,7 @@ class VGGNet7(BlockNetwork):
 
     Input (N, in_channels, H, W) with H = W = image_size >= 10, output logits (N, num_classes).
     `width` multiplies the channels of the convolutions (the authors' code has 0.5 for SVHN, and 2
-    and 4); `bias` is for all nine layers; `order` says where the blocks pool.
+    and 4); `bias` is for all nine layers; `order` says where the blocks pool (see BlockNetwork).
 
     For 3x32x32 images and ten classes: 10,363,530 parameters, 10,359,680 without biases,
     514,072,064 multiply-accumulates. Published accuracy on CIFAR-10: float 94.05 %, binary
@@ -44,7 +45,7 @@ class VGGNet7(BlockNetwork):
         image_size: int,
         width: float = 1.0,
         bias: bool = True,
-        order: BlockOrder = "CBAP",
+        order: BlockOrder | None = None,
     ) -> None:
         super().__init__(order)
         narrow, middle, wide = int(128 * width), int(256 * width), int(512 * width)
@@ -96,4 +97,6 @@ class VGGNet7(BlockNetwork):
 
 
 def _padded_convolution(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate", bias=bias)
+    return TrimmedConv2d(
+        in_channels, out_channels, 3, padding=1, padding_mode="replicate", bias=bias
+    )

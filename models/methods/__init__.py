@@ -34,6 +34,7 @@ class Method(ABC):
     `ternary-x4` for `ternary(expansion=4)`.
     """
 
+    name: ClassVar[str]
     kind: ClassVar[Kind]
     short_forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -52,6 +53,7 @@ def method(name: str) -> Callable[[MethodClass], MethodClass]:
 
     def add(cls: MethodClass) -> MethodClass:
         METHODS.add(name, cls)
+        cls.name = name
         return cls
 
     return add

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -174,3 +174,10 @@ def test_every_public_name_resolves_and_a_wrong_one_does_not() -> None:
 def test_the_slice_offers_its_backbone_and_methods() -> None:
     assert "lenet5" in list_backbones()
     assert {"float", "ternary"} <= set(list_methods())
+
+
+@pytest.mark.parametrize(("size", "value"), [("num_classes", 10.0), ("image_size", "28")])
+def test_sizes_must_be_whole_numbers(size: str, value: object) -> None:
+    sizes: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": 28, size: value}
+    with pytest.raises(ModelError, match=f"{size} must be a whole number, not {value!r}"):
+        create_model("lenet5", "float", **sizes)

@@ -120,5 +120,5 @@ def test_any_image_gives_one_logit_per_class(
 
 
 def test_a_width_of_zero_is_refused() -> None:
-    with pytest.raises(ModelError, match="width must be above 0"):
+    with pytest.raises(ModelError, match=r"width must be at least 0\.1"):
         on_meta("ghostnet(width=0)")

@@ -243,8 +243,8 @@ def test_a_harmonic_block_lets_go_of_what_no_later_layer_sees() -> None:
 
 @pytest.mark.parametrize("dense_blocks", range(6))
 def test_the_threshold_says_how_many_leading_blocks_are_dense(dense_blocks: int) -> None:
-    call = f"threshnet79(dense_blocks={dense_blocks}, growth=24)"
-    model = on_meta(call)
+    growth = ", growth=24" if dense_blocks else ""
+    model = on_meta(f"threshnet79(dense_blocks={dense_blocks}{growth})")
     kinds = [type(m) for m in base(model) if isinstance(m, DenseBlock | HarmonicBlock)]
     assert kinds == [DenseBlock] * dense_blocks + [HarmonicBlock] * (5 - dense_blocks)
     layers = [6, 8, 12, 16, 4]
@@ -259,6 +259,11 @@ def test_the_threshold_says_how_many_leading_blocks_are_dense(dense_blocks: int)
 def test_impossible_options_are_refused(options: str) -> None:
     with pytest.raises(ModelError, match=options.split("=")[0] + " must be"):
         create_model(f"threshnet79({options})", num_classes=10, image_size=32)
+
+
+def test_growth_without_a_dense_block_is_refused() -> None:
+    with pytest.raises(ModelError, match="growth has no effect with dense_blocks=0"):
+        on_meta("threshnet79(dense_blocks=0, growth=64)")
 
 
 @pytest.mark.parametrize(

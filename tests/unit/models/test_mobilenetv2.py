@@ -168,7 +168,7 @@ def test_any_image_gives_one_logit_per_class(
 @pytest.mark.parametrize(
     ("backbone", "image_size", "message"),
     [
-        ("mobilenetv2(width=0)", 32, "width must be above 0"),
+        ("mobilenetv2(width=0)", 32, "width must be at least 0.1"),
         ("mobilenetv2(head=flattened)", 24, "at least 25 pixels, not 24"),
         ("mobilenetv2(head=flattened)", 224, "not to form=imagenet"),
         ("mobilenetv2(form=cifar100, head=flattened)", 32, "not to form=cifar100"),

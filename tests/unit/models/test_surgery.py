@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from models import ModelError, apply_method, fold, quantized_layers
+from models import ModelError, apply_method, create_model, fold, quantized_layers
 from models.surgery import Part, constant_buffers, replace_layers, weight_layers
 
 RESNET_ROLES: dict[str, Part] = {
@@ -131,8 +131,13 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("model", "method", "roles", "reason"),
     [
-        (nn.Sequential(nn.ReLU()), "ternary", None, "ternary touches no layer of Sequential"),
-        (nn.Linear(2, 2), "ternary", None, "ternary touches no layer of Linear"),
+        (
+            nn.Sequential(nn.ReLU()),
+            "ternary",
+            None,
+            "ternary finds no layer of Sequential to change",
+        ),
+        (nn.Linear(2, 2), "ternary", None, "ternary finds no layer of Linear to change"),
         (
             nn.Sequential(nn.Linear(2, 2)),
             "ternary(first_last=float)",
@@ -143,7 +148,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone() -> None:
             nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
             "ternary(first_last=float)",
             {"0": "stem", "1": "head"},
-            "touches no layer",
+            "finds no layer",
         ),
         (
             nn.Sequential(OrderedDict(entry=nn.Linear(2, 2))),
@@ -172,3 +177,14 @@ def test_masks_are_constant_buffers_and_running_statistics_are_not() -> None:
     model = apply_method(nn.Sequential(*layers), "sparse")
     assert constant_buffers(model) == ["2.mask.period"]
     assert model._ddp_params_and_buffers_to_ignore == ["2.mask.period"]
+
+
+def test_a_refused_composition_leaves_the_network_as_it_was() -> None:
+    network = create_model("vgg11", num_classes=10, image_size=32)
+    before = str(network)
+    wrong: dict[str, Part] = {"conv": "stem"}
+    for method, roles in (("step+sparse", None), ("ternary", wrong)):
+        with pytest.raises(ModelError):
+            apply_method(network, method, roles=roles)
+        assert str(network) == before
+    apply_method(network, "ternary")

@@ -90,6 +90,34 @@ def test_list_shows_every_network_and_method_and_says_what_is_ours(capsys):
     assert "our reconstruction" in capsys.readouterr().out
 
 
+def test_list_explains_a_network_or_method_and_its_options(capsys):
+    assert main(["--list", "binary"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("Stadtmann", "binary-bwn", "one of vanilla, bnn, bireal, swish"):
+        assert text in shown
+    assert main(["--list", "mobilenetv2"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("Sandler", "one of imagenet, cifar", "width"):
+        assert text in shown
+    assert "num_classes" not in shown
+
+
+def test_what_is_ours_is_said_wherever_the_network_is_named(capsys):
+    for arguments in (
+        ["--describe", "digits_threshnet28"],
+        ["--experiment", "digits_threshnet28", "--dry-run"],
+    ):
+        assert main(arguments) == 0
+        assert "threshnet28: our reconstruction" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_the_layers_that_a_method_changes_without_quantizing(capsys):
+    assert main(["--experiment", "digits_resnet20_sparse+ternary", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "18 sparse+ternary: " in shown
+    assert "2 ternary: conv1, fc" in shown
+
+
 def test_list_takes_a_glob(capsys):
     assert main(["--list", "*ternary"]) == 0
     shown = capsys.readouterr().out
@@ -120,7 +148,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(capsys):
     assert main(["--experiment", "digits_lenet5_ternary", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     # 1,437 training images in batches of 64: 22 full steps an epoch.
-    for text in ("22 steps", "440 in all", "4 quantized", "conv1, conv2, fc1, fc2", "digits"):
+    for text in ("22 steps", "440 in all", "4 ternary: conv1, conv2, fc1, fc2", "digits"):
         assert text in shown
     assert list(Path.cwd().iterdir()) == []
 

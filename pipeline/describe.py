@@ -1,0 +1,249 @@
+"""What can be looked at without running: the catalog, an experiment, what a run would do."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from models.registry import declared
+from pipeline.config import Experiment, PipelineError, flatten, nearest, without_effect
+from pipeline.experiments import catalog
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from models import Profile
+
+#: Of the layers of one scheme a dry run names so many.
+_MOST_NAMES = 8
+
+
+def console() -> Console:
+    """Where text for people goes: standard output."""
+    from rich.console import Console
+
+    # Without a terminal there is no width to keep; lines stay whole for grep and log files.
+    return Console(
+        highlight=False,
+        soft_wrap=not sys.stdout.isatty(),
+        width=None if sys.stdout.isatty() else 160,
+    )
+
+
+def list_parts(pattern: str) -> None:
+    """Print the experiments, networks and methods that match a pattern, or explain the one.
+
+    Raises:
+        PipelineError: where nothing matches.
+    """
+    parts = {"network": declared("backbone"), "method": declared("method")}
+    if any(pattern == part.name for declarations in parts.values() for part in declarations):
+        _explain(pattern)
+        return
+    tables = [_experiments(pattern)]
+    for kind, declarations in parts.items():
+        tables.append(_table((kind, "what it is")))
+        for part in declarations:
+            if fnmatch.fnmatch(part.name, pattern):
+                note = f" ({part.note})" if part.note else ""
+                tables[-1].add_row(part.name, part.summary + note)
+    if not any(table.row_count for table in tables):
+        raise PipelineError(
+            f"no experiment, network or method matches {pattern!r}{nearest(pattern, catalog())}"
+        )
+    screen = console()
+    for table in tables:
+        if table.row_count:
+            screen.print(table)
+    screen.print("--list NAME explains a network or method and its options", markup=False)
+
+
+def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """A table with columns of these titles, the first one in bold, some aligned to the right."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    for title in titles:
+        bold = "bold" if title == titles[0] else None
+        table.add_column(title, justify="right" if title in right else "left", style=bold)
+    return table
+
+
+def _experiments(pattern: str) -> Table:
+    table = _table(("experiment", "reproduces", "published top-1"), right=("published top-1",))
+    for name, entry in catalog().items():
+        if fnmatch.fnmatch(name, pattern):
+            assert entry.reference is not None
+            published = f"{entry.reference.top1:.2f}" if entry.reference.top1 else "-"
+            what = entry.reference.what
+            if entry.reference.source:
+                what += f" ({entry.reference.source})"
+            table.add_row(name, what, published)
+    return table
+
+
+def _explain(name: str) -> None:
+    """Print the text of a network or method, its options and its short forms."""
+    import models
+
+    part = models.explain(name)
+    screen = console()
+    note = f" ({part.note})" if part.note else ""
+    screen.print(f"{part.kind} {name}{note}\n\n{part.text}\n", markup=False)
+    if part.short_forms:
+        screen.print(f"short forms: {', '.join(part.short_forms)}", markup=False)
+    table = _table(("option", "default", "values"))
+    for option in part.options:
+        table.add_row(option.name, option.default, option.values)
+    if part.options:
+        screen.print(table)
+
+
+def describe(experiment: Experiment, as_yaml: bool) -> None:
+    """Print the settings of an experiment, its layers and what they cost; or its YAML."""
+    if as_yaml:
+        print(experiment.to_yaml(), end="")
+        return
+    import models
+
+    screen = console()
+    note = models.backbone_note(experiment.backbone)
+    if note:
+        screen.print(f"{experiment.backbone}: {note}", markup=False)
+    for key, value in flatten(experiment.model_dump(mode="json")).items():
+        screen.print(f"{key:<28}{'none' if value is None else value}", markup=False)
+    _print_layers(screen, experiment)
+
+
+def _print_layers(screen: Console, experiment: Experiment) -> None:
+    profile = _profile(experiment)
+    sizes = ("parameters", "bits", "MACs", "stored bytes")
+    titles = ("layer", "kind", "output", "parameters", "bits", "scheme", "MACs", "stored bytes")
+    table = _table(titles, right=sizes)
+    for layer in profile.layers:
+        table.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(str(size) for size in layer.output_shape),
+            f"{layer.parameters:,}",
+            f"{layer.bits:g}",
+            layer.scheme,
+            f"{layer.macs:,}",
+            f"{layer.stored_bytes:,}",
+        )
+    table.add_section()
+    table.add_row(
+        "total",
+        "",
+        "",
+        f"{profile.parameters:,}",
+        "",
+        "",
+        f"{profile.macs:,}",
+        f"{profile.stored_bytes:,}",
+    )
+    screen.print(table)
+    for line in _costs(profile):
+        screen.print(line)
+
+
+def _costs(profile: Profile) -> list[str]:
+    """What the layers add up to, where it is more than the sum of a column."""
+    learned = f"{profile.learned:,} learned"
+    if profile.frozen:
+        learned += f", {profile.frozen:,} frozen"
+    if profile.masked:
+        learned += f"; {profile.masked:,} pre-defined zeros are not among them"
+    by_bits = ", ".join(f"{count:,} at {bits:g} bits" for bits, count in profile.by_bits.items())
+    stored = (
+        f"{profile.stored_bytes:,} bytes against {profile.float32_bytes:,} of this network in "
+        f"float32: {profile.ratio:.1f}x smaller"
+    )
+    for name, size in profile.by_format.items():
+        if size < profile.stored_bytes:
+            stored += f"; {size:,} as {name}"
+    operations = f"MACs       {profile.macs:,}"
+    if profile.nominal_macs != profile.macs:
+        operations += f", {profile.nominal_macs:,} with the taps left out: those that see only "
+        operations += "padding, and the zeros around patterns in a larger kernel"
+    if profile.executed_macs != profile.macs:
+        operations += f", {profile.executed_macs:,} executed"
+    if profile.kept_macs != profile.nominal_macs:
+        operations += f", {profile.kept_macs:,} without pre-defined zeros"
+    return [
+        f"parameters {learned}",
+        f"by bits    {by_bits}",
+        operations,
+        f"memory     {profile.activation_bytes:,} bytes of activations, "
+        f"at least {profile.peak_activation_bytes:,} at a time",
+        f"stored     {stored}",
+    ]
+
+
+def _profile(experiment: Experiment) -> Profile:
+    import data_prep
+    import models
+    from pipeline.loop import build_model
+
+    return models.profile(
+        build_model(experiment), data_prep.get_dataset(experiment.dataset).image_size
+    )
+
+
+def _changed_layers(profile: Profile) -> list[str]:
+    """A line for each scheme in which a method stores weights, and the layers that have it."""
+    schemes: dict[str, list[str]] = {}
+    for layer in profile.layers:
+        if layer.scheme != "float32":
+            schemes.setdefault(layer.scheme, []).append(layer.name)
+    lines = []
+    for scheme, names in schemes.items():
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        lines.append(f"{len(names)} {scheme}: {', '.join(names[:_MOST_NAMES])}{more}")
+    return lines or ["all float32"]
+
+
+def dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
+    """Print what a run would do. Writes nothing."""
+    from pipeline.stages import check, data_options, training_images
+
+    check(experiment)
+    import data_prep
+    import models
+    from pipeline import launch
+
+    lines = [("note", line) for line in without_effect(experiment, settings)]
+    try:
+        plan = data_prep.plan(experiment.dataset, **data_options(experiment))
+    except data_prep.DataError as error:
+        raise PipelineError(str(error)) from None
+    files = ", ".join(f"{name} ({size:,} bytes)" for name, size in plan.files.items())
+    how = "ready in" if plan.ready else f"would be made from {plan.source} in"
+    lines.append(("prepare", f"{files} {how} {plan.folder}"))
+    epochs, batch = experiment.train.epochs, experiment.train.batch_size
+    steps = training_images(experiment) // batch
+    where = launch.device_description(launch.worker_count(experiment))
+    total = f"{epochs * steps:,} in all, on {where}"
+    lines.append(("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}"))
+    lines += [("layers", line) for line in _changed_layers(_profile(experiment))]
+    note = models.backbone_note(experiment.backbone)
+    if note:
+        lines.append(("note", f"{experiment.backbone}: {note}"))
+    runs = experiment.tracking.runs.absolute()
+    folder = runs / experiment.name
+    lines.append(("run", f"a new folder in {folder}, a checkpoint per epoch"))
+    if experiment.tracking.enabled:
+        uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        address = re.sub("//[^/@]*@", "//", uri) if uri else runs / "mlflow.db"
+        lines.append(("track", f"MLflow, {address}"))
+        if experiment.tracking.register_model:
+            lines.append(("register", f"models:/{experiment.name}"))
+    screen = console()
+    for name, text in [*lines, ("", "nothing was written")]:
+        screen.print(f"{name:<9}{text}", markup=False)
