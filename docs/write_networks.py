@@ -3,7 +3,9 @@
     python -m docs.write_networks
 
 The published figures stand in docs/published.md. Each network named there is built without data, so
-that this takes seconds, and its profile is compared with them to the last digit printed.
+that this takes seconds, and its profile is compared with them to the last digit printed; those that
+were read off a plot, as closely as that can be done. Figures in sections that are called "derived"
+nobody has published: they are what a paper's formula gives.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ NETWORKS = Path(__file__).with_name("networks.md")
 
 _CALLS = ("network", "method")
 _BUILD = (*_CALLS, "classes", "image")
+_NOTHING = "-"
 _FIGURE = re.compile(r"(?P<printed>[\d,]+(?:\.(?P<decimals>\d+))?)(?P<note>\[\^[\w-]+\])?")
 
 _QUANTITIES: dict[str, Callable[[Profile], float]] = {
@@ -52,22 +55,35 @@ _QUANTITIES: dict[str, Callable[[Profile], float]] = {
     "MAdd (G)": lambda p: p.torchstat.madd / 1e9,
     "memory (MB)": lambda p: p.torchstat.memory_mb,
     "memory R+W (MB)": lambda p: p.torchstat.traffic_mb,
+    "plotted FLOPs (G)": lambda p: p.kept_macs / 1e9,
 }
+
+#: How far a figure may be from ours, as a share of it; none where it is printed.
+_TOLERANCES = {"plotted FLOPs (G)": 0.01}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One published figure, ours in as many digits, and the mark of the note beside it, if any."""
+    """One published figure, ours in as many digits, and the mark of the note beside it, if any.
+
+    One that is `derived` has not been published, but follows from what has been.
+    """
 
     network: str
     quantity: str
     printed: str
     ours: str
     note: str
+    derived: bool = False
+
+    @property
+    def plotted(self) -> bool:
+        return self.quantity in _TOLERANCES
 
     @property
     def equal(self) -> bool:
-        return self.printed == self.ours
+        printed, ours = (float(text.replace(",", "")) for text in (self.printed, self.ours))
+        return abs(ours - printed) <= _TOLERANCES.get(self.quantity, 0) * printed
 
     def cell(self) -> str:
         """What the table shows."""
@@ -85,14 +101,16 @@ def measure(network: str, method: str, classes: int, image: str) -> Profile:
     return profile(model, size)
 
 
-def compare(headings: list[str], cells: list[str]) -> Iterator[Figure | None]:
+def compare(headings: list[str], cells: list[str], derived: bool) -> Iterator[Figure | None]:
     """Yield a figure for each quantity of a row, None where nothing was published."""
     network, method, classes, image = (cell.strip("`") for cell in cells[: len(_BUILD)])
     for quantity, cell in list(zip(headings, cells, strict=True))[len(_BUILD) :]:
-        match = _FIGURE.fullmatch(cell)
-        if match is None:
+        if cell == _NOTHING:
             yield None
             continue
+        match = _FIGURE.fullmatch(cell)
+        if match is None:
+            raise ValueError(f"{network} {method}: {quantity} is {cell!r}, which is no figure")
         ours = _QUANTITIES[quantity](measure(network, method, int(classes), image))
         decimals = len(match["decimals"] or "")
         yield Figure(
@@ -101,6 +119,7 @@ def compare(headings: list[str], cells: list[str]) -> Iterator[Figure | None]:
             match["printed"],
             f"{ours:,.{decimals}f}",
             match["note"] or "",
+            derived,
         )
 
 
@@ -130,31 +149,46 @@ def write(published: str) -> tuple[str, list[Figure]]:
     """Return the published tables with ours where they differ, and all figures compared."""
     figures: list[Figure] = []
     written = []
+    derived = False
     for prose, cells in tables(published):
         if cells:
             headings, _, *rows = cells
             shown = [headings]
             for row in rows:
-                compared = list(compare(headings, row))
+                compared = list(compare(headings, row, derived))
                 figures += [figure for figure in compared if figure is not None]
                 shown.append(
-                    row[: len(_BUILD)] + [figure.cell() if figure else "-" for figure in compared]
+                    row[: len(_BUILD)]
+                    + [figure.cell() if figure else _NOTHING for figure in compared]
                 )
             written.append(layout(shown))
         written.append(prose)
+        # A table stands in the section whose heading came last.
+        for heading in re.findall(r"(?m)^## (.*)$", prose):
+            derived = heading.endswith(": derived")
     return "".join(written), figures
+
+
+def _agreement(figures: list[Figure]) -> str:
+    return f"{sum(figure.equal for figure in figures)} of {len(figures)} figures are equal"
 
 
 def document() -> str:
     """Return the text of docs/networks.md."""
     published = PUBLISHED.read_text()
     body, figures = write(published[published.index("## ") :])
-    equal = sum(figure.equal for figure in figures)
+    derived = [figure for figure in figures if figure.derived]
+    plotted = [figure for figure in figures if figure.plotted]
+    printed = [figure for figure in figures if not (figure.derived or figure.plotted)]
     return f"""# Networks and their published counts
 
 Written by `docs/write_networks.py` from [published.md](published.md); nothing here is typed. A
 figure that stands alone is the published one and ours, equal in every digit printed. Where ours
-differs it stands beside it, with a note that says why. {equal} of {len(figures)} figures are equal.
+differs it stands beside it, with a note that says why.
+
+- Published, or measured by running the authors' code: {_agreement(printed)}.
+- Read off plots, and within 1 % of ours: {_agreement(plotted)}.
+- Derived from a paper's formula, not published: {_agreement(derived)}.
 
 FLOPs, MAdd and memory are in torchstat's conventions (`models/torchstat.py`). MACs count whole
 kernels, also at edges, but no pre-defined zeros.

@@ -27,7 +27,8 @@ class FrozenConv2d(TrimmedConv2d):
     `weight` is a constant that every process makes for itself: float32 of the patterns and their
     scales, not saved in the state dict, not broadcast, without a gradient. What is saved is
     `bank_sha256`, the digest of the bank, so that learned values are never loaded onto another
-    bank than theirs.
+    bank than theirs, nor into a layer that was built on the meta device and so has no bank. Only a
+    state dict without digests, loaded with strict=False, is not checked.
 
     All that the bank does not say is as in `like`, the layer in whose place it comes. Where the
     bank's kernel is smaller, so is the padding.
@@ -49,12 +50,15 @@ class FrozenConv2d(TrimmedConv2d):
         self.bias = bias
         self.train(like.training)
         self._storage = bank.storage()
+        self._is_drawn = not like.weight.is_meta
         weight = torch.empty(bank.shape, device=like.weight.device, dtype=like.weight.dtype)
         digest = torch.empty(32, device=like.weight.device, dtype=torch.uint8)
-        if not weight.is_meta:
+        if self._is_drawn:
             patterns = bank.draw()
-            weight.copy_(torch.from_numpy(patterns * bank.scales(patterns)))
-            digest.copy_(torch.frombuffer(bytearray(bank.digest(patterns)), dtype=torch.uint8))
+            scales = bank.scales(patterns)
+            weight.copy_(torch.from_numpy(patterns * scales))
+            sha256 = bytearray(bank.digest(patterns, scales))
+            digest.copy_(torch.frombuffer(sha256, dtype=torch.uint8))
         del self.weight
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bank_sha256", digest)
@@ -77,18 +81,22 @@ class FrozenConv2d(TrimmedConv2d):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as usual; what was learned on another bank is an error."""
+        """Load as usual; what was learned on another bank, or a layer without one, is an error."""
         stored, own = state_dict.get(f"{prefix}bank_sha256"), self.bank_sha256
-        if (
-            isinstance(stored, Tensor)
-            and not (stored.is_meta or own.is_meta)
-            and not torch.equal(stored.to(own.device), own)
-        ):
-            error_msgs.append(
-                f"{prefix.rstrip('.')} was learned on another bank of patterns: build the network "
-                "with the method's arguments (mode, families, seed) that it was trained with"
-            )
-            return
+        if isinstance(stored, Tensor) and not stored.is_meta:
+            name = prefix.rstrip(".")
+            if self.weight.is_meta or not self._is_drawn:
+                error_msgs.append(
+                    f"{name} was built without data (on the meta device), so it has no bank of "
+                    "patterns: build the network on its device"
+                )
+                return
+            if not torch.equal(stored.to(own.device), own):
+                error_msgs.append(
+                    f"{name} was learned on another bank of patterns: build the network with the "
+                    "method's arguments (mode, families, seed) that it was trained with"
+                )
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -97,7 +105,8 @@ class FrozenConv2d(TrimmedConv2d):
 class GroupedFrozenConv2d(FrozenConv2d):
     """A FrozenConv2d of many small groups, computed as one of fewer, larger ones.
 
-    `blocks` holds the filters of several groups along the diagonal, with zeros around them.
+    `blocks` holds the filters of several groups along the diagonal, with zeros around them. Where
+    taps would see only padding, the small groups without those taps are fewer operations by far.
     """
 
     blocks: Tensor
@@ -108,6 +117,9 @@ class GroupedFrozenConv2d(FrozenConv2d):
         self.register_buffer("blocks", _block_diagonal(self.weight, self.groups, fused), False)
 
     def forward(self, input: Tensor) -> Tensor:
+        padding = [int(size) for size in self.padding]
+        if any(size <= pad for size, pad in zip(input.shape[2:], padding, strict=True)):
+            return super().forward(input)
         return functional.conv2d(
             input,
             self.blocks,
@@ -173,7 +185,8 @@ class MixedConv2d(nn.Module):
         if mix.out_channels * filter_size > separate:
             return nn.Sequential(bank, mix)
         groups = mix.groups
-        products = mix.weight.view(groups, -1, mix.weight.shape[1]) @ self.bank.weight.view(
+        # Either weight may have its channels innermost, where only `reshape` can flatten it.
+        products = mix.weight.reshape(groups, -1, mix.weight.shape[1]) @ self.bank.weight.reshape(
             groups, -1, filter_size
         )
         weight = products.view(mix.out_channels, *self.bank.weight.shape[1:])

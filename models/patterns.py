@@ -111,10 +111,11 @@ class Bank:
                 scales[filters] = 2.0 ** -np.round(np.log2(max(energy, 1.0)) / 2)
         return scales
 
-    def digest(self, patterns: Patterns) -> bytes:
-        """Return the SHA-256 of the patterns and of the rules that made them."""
+    def digest(self, patterns: Patterns, scales: NDArray[np.float32]) -> bytes:
+        """Return the SHA-256 of the patterns, their scales and the rules that made them."""
         rules = f"{self.source.version} {','.join(self.families)} {self.shape} {self.groups} "
-        return hashlib.sha256(rules.encode() + patterns.tobytes()).digest()
+        values = scales.astype("<f4").tobytes() + patterns.tobytes()
+        return hashlib.sha256(rules.encode() + values).digest()
 
     def storage(self) -> Storage:
         """Return the form in which the bank is stored, if not as its seed."""

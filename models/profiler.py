@@ -31,9 +31,10 @@ class LayerProfile:
 
     `nominal_macs`, the papers' count of multiply-accumulates, charges the whole kernel at each
     output position, and `kept_macs` charges it without its pre-defined zeros. `executed_macs` are
-    those that the layer computes: fewer where it leaves out taps that see nothing but padding, more
-    where it computes small groups as larger ones. `density` is the share of non-zero entries
-    in the weight that the layer computes with, None where there are no values to look at.
+    those that the layer computes: fewer where it leaves out taps that see nothing but padding or
+    that are zeros of all its patterns, more where it computes small groups as larger ones.
+    `density` is the share of non-zero entries in the weight that the layer computes with, None
+    where there are no values to look at.
     """
 
     name: str
@@ -86,7 +87,7 @@ class LayerProfile:
 
     @property
     def float32_bytes(self) -> int:
-        """The layer of the plain network: every value, also the pre-defined zeros, in float32."""
+        """Every value of this layer, also a frozen or a pre-defined zero one, in float32."""
         return 4 * (self.weights + self.masked + self.others + self.statistics)
 
     @property
@@ -98,14 +99,14 @@ class LayerProfile:
         """Bytes with the weight in a format, in the default one where that cannot hold it."""
         weight = 0
         if self.storage is not None:
-            weight = self.storage.stored_bytes(_possible(self.storage, format))
+            weight = self.storage.stored_bytes(self.storage.possible(format))
         return weight + 4 * (self.others + self.statistics)
 
     def parameter_bits(self, format: str | None = None) -> float:
         """Bits as papers count them: nothing filled up, neither statistics nor mask."""
         bits = float(_FLOAT_BITS * self.others)
         if self.storage is not None:
-            possible = _possible(self.storage, format)
+            possible = self.storage.possible(format)
             bits += self.storage.bits(possible) + _FLOAT_BITS * self.storage.scales_in(possible)
         return bits
 
@@ -198,7 +199,7 @@ class Profile:
 
     @property
     def float32_bytes(self) -> int:
-        """Size of the plain network with every value in float32."""
+        """Size of this network, frozen banks and all, with every value in float32."""
         return sum(layer.float32_bytes for layer in self.layers)
 
     @property
@@ -222,14 +223,18 @@ class Profile:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the stored network is than the plain float32 one."""
+        """How many times smaller the network is as stored than with every value in float32."""
         return self.float32_bytes / self.stored_bytes
 
     @property
     def ideal_ratio(self) -> float:
-        """The ratio as papers count it: bits, not bytes, and without running statistics."""
+        """The ratio as papers count it: bits, not bytes, and without running statistics.
+
+        A frozen ternary weight takes two bits, as in the size metric of STeP, not a seed.
+        """
         plain = self.parameters - sum(layer.learned_scales for layer in self.layers) + self.masked
-        return _FLOAT_BITS * plain / self.parameter_bits()
+        bits = sum(layer.parameter_bits("2-bit" if layer.frozen else None) for layer in self.layers)
+        return _FLOAT_BITS * plain / bits
 
     @property
     def density(self) -> float | None:
@@ -278,12 +283,14 @@ def profile(model: nn.Module, image_size: int) -> Profile:
 
     Shapes come from a forward pass of one image through a copy on the meta device, so the model,
     its mode and the random state stay as they are, no weight is copied, and the model may itself be
-    on meta. The number of input channels is that of the first convolution. Raises ModelError when
-    the network does not take such an image.
+    on meta. The number of input channels is that of the first convolution. Of a compiled network
+    the profile is that of the network itself. Raises ModelError when the network does not take such
+    an image.
     """
+    model = getattr(model, "_orig_mod", model)
     channels = _input_channels(model)
     traced = trace(model, (channels, image_size, image_size))
-    known = {layer.name: layer for layer in weight_layers(model)}
+    known = {layer.name: layer for layer in weight_layers(model, frozen=True)}
     constants = set(constant_buffers(model))
     counted: set[int] = set()
     layers = []
@@ -387,8 +394,3 @@ def _density(module: nn.Module, weight: Tensor) -> float | None:
     with torch.no_grad():
         used = module.used_weight() if isinstance(module, StoresWeight) else weight
         return float(used.count_nonzero()) / used.numel()
-
-
-def _possible(storage: Storage, format: str | None) -> str | None:
-    """Return the format if it can hold the weight, else None for the default one."""
-    return format if format in storage.formats else None

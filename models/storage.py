@@ -86,14 +86,15 @@ class Storage:
         """Return the number of float32 scales: those beside codes, not in floats themselves."""
         return self.scales if self._chosen(format) in CODES else 0
 
+    def possible(self, format: str | None) -> str | None:
+        """Return a format if it can hold the weight, else None, which means the default one."""
+        _check_known(format)
+        return format if format in self.formats else None
+
     def _chosen(self, format: str | None) -> str:
         if format is None:
             return self.formats[0]
-        if format not in FORMATS:
-            raise ModelError(
-                f"unknown format {format!r}{nearest(format, FORMATS)}; "
-                f"known formats: {', '.join(FORMATS)}"
-            )
+        _check_known(format)
         if not self._fits(format):
             raise ModelError(
                 f"{format} cannot hold {self.scheme} weights; "
@@ -109,3 +110,11 @@ class Storage:
         if format == "float32":
             return True
         return self.levels is not None and self.levels <= CODES[format].levels
+
+
+def _check_known(format: str | None) -> None:
+    if format is not None and format not in FORMATS:
+        raise ModelError(
+            f"unknown format {format!r}{nearest(format, FORMATS)}; "
+            f"known formats: {', '.join(FORMATS)}"
+        )

@@ -13,10 +13,11 @@ module that is called several times counts with its last call:
     MaxPool2d            in                       (k^2 - 1) out             in + out
     AvgPool2d            in                       k^2 out                   in + out
     Upsample             out                      0                         0
-    anything else        0                        0                         0
+    others we have       0                        0                         0
 
 where `in` and `out` are elements of the first input and of the output, and MACs are those of the
-whole kernel at each output position. `memory` is the output of every leaf module, 4 bytes each.
+whole kernel at each output position. Torchstat has rules for more modules, which occur in no
+network here. `memory` is the output of every leaf module, 4 bytes each.
 """
 
 from __future__ import annotations

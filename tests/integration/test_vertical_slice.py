@@ -52,8 +52,8 @@ def test_the_output_fits_on_a_screen_and_says_what_matters(finished):
     lines = finished.output.splitlines()
     assert len(lines) < 40, finished.output
     for text in ("1,437 train + 360 test", "2 CPU workers, gloo", "top-1", "parameters",
-                 "against 4,959,352 as float32", "models:/digits_lenet5_ternary@candidate",
-                 "mlflow ui"):  # fmt: skip
+                 "against 4,959,352 of this network in float32",
+                 "models:/digits_lenet5_ternary@candidate", "mlflow ui"):  # fmt: skip
         assert text in finished.output
     assert not re.search(r"Traceback|Warning|WARNING|DEBUG", finished.output)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models import fold, profile
 from models.pattern_layers import (
     FrozenConv2d,
     GroupedFrozenConv2d,
@@ -230,3 +231,41 @@ def test_every_form_compiles_into_one_graph_and_exports_for_any_batch() -> None:
     program = torch.export.export(network, (inputs.detach(),), dynamic_shapes=batch)
     more = torch.cat([inputs, inputs, inputs]).detach()
     torch.testing.assert_close(program.module()(more), network(more))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_without_a_bank_takes_no_learned_values(assign: bool) -> None:
+    def network() -> nn.Module:
+        like = nn.Conv2d(4, 8, 3)
+        bank = Bank(KeyedPatterns(0), BOTH, (8, 4, 3, 3), "layer")
+        return nn.Sequential(frozen_convolution(bank, like, like.bias))
+
+    stored = network().state_dict()
+    with torch.device("meta"):
+        empty = network()
+    for without_bank in (empty, copy.deepcopy(empty).to_empty(device="cpu")):
+        with pytest.raises(RuntimeError, match=r"0 was built without data .* on its device"):
+            without_bank.load_state_dict(stored, assign=assign)
+
+
+@pytest.mark.parametrize("outputs", [4, 96])
+def test_a_network_in_channels_last_layout_folds(outputs: int) -> None:
+    bank = layer_of(bank_of(KeyedPatterns(0), (8, 4, 3, 3)))
+    mix = nn.Conv2d(8, outputs, 1, groups=2, dtype=torch.float64)
+    block = MixedConv2d(bank, mix).to(memory_format=torch.channels_last)
+    inputs = images(4)
+    assert_same_map(fold(block)(inputs), block(inputs), inputs)
+
+
+@pytest.mark.parametrize(("size", "kernel", "macs"), [(1, 3, 32), (2, 5, 4 * 16 * 2 * 9)])
+def test_fused_groups_leave_out_taps_that_see_only_padding(
+    size: int, kernel: int, macs: int
+) -> None:
+    layer = layer_of(
+        bank_of(KeyedPatterns(0), (16, 2, kernel, kernel), groups=8), padding=kernel // 2
+    )
+    assert isinstance(layer, GroupedFrozenConv2d)
+    inputs = images(16, size)
+    expected = functional.conv2d(inputs, layer.weight, padding=kernel // 2, groups=8)
+    assert_same_map(layer(inputs), expected, inputs)
+    assert profile(nn.Sequential(layer), size).macs == macs

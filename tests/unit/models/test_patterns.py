@@ -239,3 +239,17 @@ def test_kernels_without_patterns_are_refused() -> None:
         Bank(KeyedPatterns(0), ("lbp", "haar"), (2, 2, 2, 2), "layer")
     with pytest.raises(ModelError, match="seed of the original"):
         OriginalPatterns(-1)
+
+
+def test_the_digest_tells_scales_patterns_and_rules_apart() -> None:
+    bank = Bank(KeyedPatterns(0), ("lbp", "haar"), (4, 4, 3, 3), "layer")
+    grouped = Bank(KeyedPatterns(0), ("lbp", "haar"), (4, 4, 3, 3), "layer", groups=2)
+    patterns = bank.draw()
+    scales = bank.scales(patterns)
+    digests = {
+        bank.digest(patterns, scales),
+        bank.digest(patterns, 2 * scales),
+        bank.digest(-patterns, scales),
+        grouped.digest(patterns, scales),
+    }
+    assert len(digests) == 4

@@ -203,6 +203,37 @@ def test_sizes_of_the_frozen_filters_of_step_in_each_format(
     assert result.parameter_bits() == 32 * result.learned
 
 
+def test_the_ideal_ratio_of_frozen_filters_is_that_of_the_size_metric_of_step() -> None:
+    with torch.device("meta"):
+        vgg = create_model(
+            "vgg16(form=cifar)", "step(mode=original)", num_classes=10, image_size=32
+        )
+    result = profile(vgg, 32)
+    # 14,769,900 parameters in 32 bits against the 6.8242725 MB of the repository's log.
+    assert result.ideal_ratio == 14_769_900 * 32 / (6.8242725 * 8e6)
+    assert round(result.ideal_ratio, 2) == 8.66
+
+
+def test_an_unknown_format_is_refused() -> None:
+    result = profile(create_model("lenet5", "ternary", num_classes=10, image_size=28), 28)
+    for size in (result.stored_bytes_in, result.parameter_bits):
+        with pytest.raises(ModelError, match=r"unknown format '2bit' \(did you mean '2-bit'\?\)"):
+            size("2bit")
+
+
+def test_a_compiled_network_has_the_profile_of_the_network_itself() -> None:
+    model = create_model("lenet5", "ternary", num_classes=10, in_channels=1, image_size=28)
+    assert profile(torch.compile(model), 28) == profile(model, 28)
+
+
+def test_a_transposed_convolution_multiplies_each_input_by_its_filters() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, 5, 5))
+    assert 2 * profile(network, 5).macs == counter.get_total_flops()
+    assert profile(network, 5).layers[1].macs == 25 * 4 * (3 * 9)
+
+
 def test_scales_that_a_quantizer_learns_are_parameters_and_stored_once() -> None:
     layer = compress(nn.Conv2d(2, 2, 3), weight_quantizer=LearnedScales())
     result = profile(nn.Sequential(layer), 8)

@@ -60,7 +60,8 @@ def test_the_original_s_counts_and_megabytes_are_the_published_ones(backbone: st
         model = without_data(backbone, "step(mode=original)", classes)
         assert counts(model) == (frozen, learned + per_class * classes)
     for classes, megabytes in LOGGED_MEGABYTES[backbone].items():
-        assert (32 * (learned + per_class * classes) + 2 * frozen) / 8 / 1e6 == megabytes
+        logged = without_data(backbone, "step(mode=original)", classes)
+        assert profile(logged, 32).parameter_bits("2-bit") / 8e6 == megabytes
 
 
 @pytest.mark.parametrize("backbone", PUBLISHED)
@@ -71,8 +72,13 @@ def test_the_original_s_stream_ends_where_it_ended_for_the_authors(backbone: str
     assert source.peek(1)[0] & (2**31 - 1) == PUBLISHED[backbone][3]
 
 
-def test_first_filters_of_the_original_are_those_of_the_paper_s_code() -> None:
-    stem = banks(build("mobilenetv2", "step(mode=original)"))["conv1.bank"].weight
+@pytest.mark.parametrize("backbone", ["vgg16", "mobilenetv2", "efficientnetb0"])
+def test_first_filters_of_the_original_are_those_of_the_paper_s_code(backbone: str) -> None:
+    network = create_model(backbone, num_classes=10, image_size=32)
+    stem_only = nn.Sequential(weight_layers(network)[0].module)
+    apply_method(stem_only, "step(mode=original)", roles={"0": "stem"})
+    stem = banks(stem_only)["0.bank"].weight
+    assert stem.shape == (6, 3, 3, 3)
     assert [stem[:3].count_nonzero(), stem[:3].sum()] == [46, 0]
     assert [stem[3:].count_nonzero(), stem[3:].sum()] == [32, -2]
 
@@ -118,6 +124,8 @@ def test_a_frozen_inverted_residual_is_the_original_s_function() -> None:
         (True, 64, [62, 60, 58, 56, 28, 28, 14, 14, 7, 7, 5]),
         (True, 224, [222, 220, 218, 216, 108, 108, 54, 54, 27, 27, 15]),
         (False, 32, [32, 32, 32, 32, 16, 16, 8, 8, 4, 4, 2]),
+        (False, 64, [64, 64, 64, 64, 32, 32, 16, 16, 8, 8, 4]),
+        (False, 224, [224, 224, 224, 224, 112, 112, 56, 56, 28, 28, 14]),
     ],
 )
 def test_maps_of_stepnet_shrink_in_the_original_only(
@@ -255,9 +263,9 @@ def test_a_mix_plays_the_part_of_the_layer_in_whose_place_it_came() -> None:
 
 
 def test_the_fixed_banks_of_a_network_never_change() -> None:
-    weights = [layer.weight.sign() for layer in banks(build("resnet20")).values()]
-    flat = np.concatenate([weight.to(torch.int8).numpy().ravel() for weight in weights])
-    assert hashlib.sha256(flat.tobytes()).hexdigest()[:16] == "d25b99f83418bd51"
+    weights = [layer.weight.numpy().ravel() for layer in banks(build("resnet20")).values()]
+    values = np.concatenate(weights).astype("<f4").tobytes()
+    assert hashlib.sha256(values).hexdigest()[:16] == "55f6af9ff2897a1f"
 
 
 def test_what_has_no_patterns_is_refused_in_one_line() -> None:
@@ -267,3 +275,115 @@ def test_what_has_no_patterns_is_refused_in_one_line() -> None:
         create_model("alexnet", "step(mode=original)", num_classes=10, image_size=64)
     with pytest.raises(ModelError, match="the original pairs channels; their number 5 is odd"):
         apply_method(nn.Sequential(nn.Conv2d(5, 5, 3, groups=5)), "step(mode=original)")
+    with pytest.raises(ModelError, match=r"conv1: .* not for this 7x7; mode=fixed .* form=cifar$"):
+        create_model("resnet50", "step(mode=original)", num_classes=10, image_size=224)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 2),
+        nn.Conv2d(4, 4, 5),
+        nn.Conv2d(4, 4, 5, padding="valid"),
+        nn.Conv2d(4, 4, 5, padding=4, dilation=2),
+        nn.Conv2d(4, 4, 7, padding=3, groups=4),
+    ],
+    ids=str,
+)
+def test_only_a_padded_5x5_becomes_3x3_in_the_original(layer: nn.Conv2d) -> None:
+    with pytest.raises(ModelError, match="step: 0: the original has unmixed patterns of 3x3 alone"):
+        apply_method(nn.Sequential(layer), "step(mode=original, mix=none)")
+    for padding in (2, "same"):
+        padded = nn.Sequential(nn.Conv2d(4, 4, 5, padding=padding))
+        apply_method(padded, "step(mode=original, mix=none)")
+        assert banks(padded)["0"].kernel_size == (3, 3)
+        assert padded(torch.ones(1, 4, 7, 7)).shape == (1, 4, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "option", "missing"),
+    [
+        ("efficientnetb0", "activation=leaky", "ReLU"),
+        ("resnet20", "projection=learned", "projection"),
+        ("resnet50", "mix_groups=2", "mixed layer"),
+        ("mobilenetv2", "mix=all", "bottleneck"),
+    ],
+)
+def test_an_option_without_effect_is_refused(backbone: str, option: str, missing: str) -> None:
+    with pytest.raises(ModelError, match=f"{option} has no effect: the network has no {missing}$"):
+        without_data(backbone, f"step({option})")
+    with pytest.raises(ModelError, match=r"stem=learned has no effect: .* no declared stem"):
+        apply_method(nn.Sequential(nn.Conv2d(2, 2, 3)), "step(stem=learned)")
+
+
+@pytest.mark.parametrize("before", ["sparse", "ternary", "binary"])
+def test_a_mask_or_a_quantizer_is_not_dropped_unsaid(before: str) -> None:
+    model = without_data("resnet20", before)
+    with pytest.raises(ModelError, match="already has masked or quantized layers; step comes bef"):
+        apply_method(model, "step")
+
+
+def test_blocks_of_one_family_are_mixed_in_one_group_unless_asked_otherwise() -> None:
+    def groups(options: str) -> int:
+        block = without_data("lenet5", f"step({options})").get_submodule("conv2")
+        assert isinstance(block, MixedConv2d)
+        return block.mix.groups
+
+    assert [groups("mode=fixed"), groups("families=haar")] == [2, 1]
+    assert groups("families=haar, mode=original") == 1
+    assert groups("families=haar, mix_groups=2") == 2
+
+
+def test_the_mix_of_a_grouped_layer_does_not_cut_across_families() -> None:
+    net = nn.Sequential(nn.Conv2d(12, 8, 3, groups=2))
+    apply_method(net, "step")
+    block = net[0]
+    assert isinstance(block, MixedConv2d) and (block.bank.groups, block.mix.groups) == (2, 1)
+    grouped = nn.Sequential(nn.Conv2d(12, 8, 3, groups=2))
+    with pytest.raises(ModelError, match="0: the maps of a layer with 2 groups are not in order"):
+        apply_method(grouped, "step(mode=original)")
+    with pytest.raises(ModelError, match="0: the original's 8 maps do not divide into the 3 gro"):
+        apply_method(nn.Sequential(nn.Conv2d(9, 6, 3, groups=3)), "step(mode=original)")
+
+
+def test_frozen_layers_have_the_part_and_shape_of_those_in_whose_place_they_came() -> None:
+    layers = {layer.name: layer for layer in profile(without_data("resnet50"), 32).layers}
+    assert (layers["conv1"].part, layers["conv1"].kind) == ("stem", "spatial")
+    assert layers["layer1.0.conv2"].part == "bottleneck"
+    mixed = {layer.name: layer for layer in profile(without_data("mobilenetv2"), 32).layers}
+    assert mixed["conv1.bank"].part == mixed["conv1.mix"].part == "stem"
+    assert {mixed[name].part for name in mixed if mixed[name].scheme == "ternary"} == {"projection"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_mixed_block_with_its_norm_is_that_of_two_branches(training: bool, stride: int) -> None:
+    convolution = nn.Conv2d(64, 32, 3, stride, padding=1)
+    block = nn.Sequential(convolution, nn.BatchNorm2d(32), nn.ReLU())
+    apply_method(block, "step(mode=original)").train(training)
+    mixed, norm, activation = block
+    assert isinstance(mixed, MixedConv2d) and isinstance(activation, nn.LeakyReLU)
+    norm.running_mean, norm.running_var = torch.randn(32), torch.rand(32) + 100
+    images = torch.randn(4, 64, 8, 8, requires_grad=True)
+    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    ours = block(images)
+    source = OriginalPatterns(42)
+    maps = [
+        functional.conv2d(
+            images, torch.from_numpy(source.draw(f, (32, 64, 3, 3))).float(), None, stride, 1
+        )
+        for f in ("lbp", "haar")
+    ]
+    normed = functional.batch_norm(
+        mixed.mix(torch.cat(maps, dim=1)), *statistics, norm.weight, norm.bias, training
+    )
+    expected = functional.leaky_relu(normed, 0.1)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.linspace(-1, 1, ours.numel()).view(ours.shape)
+    learned = [images, mixed.mix.weight, norm.weight, norm.bias]
+    gradients = [
+        torch.autograd.grad((output * weights).sum(), learned) for output in (ours, expected)
+    ]
+    for found, reference in zip(*gradients, strict=True):
+        tolerance = 1e-4 * reference.abs().max().item()
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=tolerance)

@@ -74,3 +74,10 @@ def test_published_sizes_of_the_frozen_filters_of_a_step_vgg16() -> None:
     assert round(sizes["5-trit"], 3) == 2.787
     assert round(sizes["patterns"], 3) == 1.355
     assert bank.stored_bytes() == bank.stored_bytes("seed") == 0
+
+
+def test_a_format_that_is_not_possible_is_none_but_an_unknown_one_is_refused() -> None:
+    ternary = Storage("ternary", 8, levels=3)
+    assert [ternary.possible(name) for name in ("5-trit", "1-bit", None)] == ["5-trit", None, None]
+    with pytest.raises(ModelError, match="unknown format '2bit'"):
+        ternary.possible("2bit")
