@@ -84,11 +84,11 @@ class BinaryQuantizer:
         if mask is None:
             count = latent.new_full((), latent[0].numel())
         else:
-            count = mask.kept_per_filter().clamp_min(1)
+            count = mask.kept_per_filter().clamp_min(1).to(latent)
         one_filter = tuple(range(1, latent.ndim))
         alpha = latent.detach().abs().sum(one_filter, keepdim=True) / count
         if self.exact_sums:
-            alpha = alpha.bfloat16().to(latent.dtype)
+            alpha = _rounded_to_bfloat16(alpha).to(latent.dtype)
         scaled: Tensor = _ScaledSigns.apply(latent, alpha, count, self.dead_zone)
         return scaled.to(weight.dtype)
 
@@ -127,6 +127,15 @@ class TernarySignQuantizer:
         count = weight.numel() if mask is None else max(1, mask.kept)
         kernel: Tensor = _PlainTernarySigns.apply(latent, self.factor, count)
         return kernel.to(weight.dtype)
+
+
+def _rounded_to_bfloat16(values: Tensor) -> Tensor:
+    """Return the nearest bfloat16 as float32, by its bits.
+
+    torch.compile leaves out a conversion to bfloat16 and back, and so would not round.
+    """
+    bits = values.float().view(torch.int32)
+    return ((bits + 0x8000) & ~0xFFFF).view(torch.float32)
 
 
 class _PlainSigns(torch.autograd.Function):

@@ -13,8 +13,9 @@ BlockOrder = Literal["CBAP", "CPBA"]
 class BlockNetwork(nn.Module):
     """A network whose blocks pool after the activation (CBAP) or before the batch norm (CPBA).
 
-    `order` is read at each forward pass, so a method may set it on a built network. The activation
-    behind layer k is the module `activation<k>`, which a method may replace.
+    `order` is read at each forward pass, so a method may set it on a built network; None stands for
+    CBAP where no method has another preference. The activation behind layer k is the module
+    `activation<k>`, which a method may replace.
 
     In eval mode both orders give the same outputs where no weight of a batch norm is negative,
     since the maximum commutes with a rising map. In training they differ: the batch norms see
@@ -22,7 +23,7 @@ class BlockNetwork(nn.Module):
     (Stadtmann, Latotzke and Gemmeke, ICMLA 2020).
     """
 
-    def __init__(self, order: BlockOrder) -> None:
+    def __init__(self, order: BlockOrder | None) -> None:
         super().__init__()
         self.order = order
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,11 +42,12 @@ class TrimmedConv2d(nn.Conv2d):
 
     A 3x3 kernel with padding 1 on a 1x1 map is its centre tap: a ninth of the operations. Outputs
     and gradients are those of nn.Conv2d (the other taps get exactly zero), up to the order of
-    summation. Networks use it where their maps can get smaller than their kernels.
+    summation. Networks use it where their maps can get smaller than their kernels, or where they
+    pad by replication (see _convolution).
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return _trimmed_convolution(self, input, self.weight, self.bias)
+        return _convolution(self, input, self.weight, self.bias)
 
     def folded(self) -> nn.Conv2d:
         """Return the plain convolution."""
@@ -85,6 +87,11 @@ class CompressedLayer(nn.Module):
             return quantized
         return self.mask.mask_value(quantized)
 
+    def used_bias(self) -> Tensor | None:
+        """Return the bias that forward adds."""
+        bias = cast("Tensor | None", self.bias)
+        return bias if bias is None or self.bias_terms == 1 else bias * self.bias_terms
+
     def weight_storage(self) -> Storage:
         """Return the form in which the weight is stored: pre-defined zeros are not."""
         quantizer = self.weight_quantizer
@@ -107,9 +114,6 @@ class CompressedLayer(nn.Module):
     def _quantized_input(self, input: Tensor) -> Tensor:
         return input if self.input_quantizer is None else self.input_quantizer(input)
 
-    def _used_bias(self, bias: Tensor | None) -> Tensor | None:
-        return bias if bias is None or self.bias_terms == 1 else bias * self.bias_terms
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Tensor],
@@ -120,22 +124,26 @@ class CompressedLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as usual, then bring a dense weight under the mask; one of another mask is an error.
+        """Load as usual, a dense weight under the mask; one of another mask is an error.
 
         The checkpoint of a float network has no learned scales: they start anew from its weight.
         """
         stored = state_dict.get(f"{prefix}weight")
-        if self.mask is not None and stored is not None and self.mask.contradicts(stored):
-            error_msgs.append(
-                f"{prefix}weight was trained under another mask: build the network with the "
-                "method's arguments (kernel, period, full, pattern, seed) that it was trained with"
-            )
-            return
+        if self.mask is not None and stored is not None and stored.shape == self.weight.shape:
+            if self.mask.contradicts(stored):
+                error_msgs.append(
+                    f"{prefix}weight seems to have been trained under another mask: build the "
+                    "network with the arguments (kernel, period, full, pattern, seed) that the "
+                    "method had in training"
+                )
+                return
+            # The mapping is a copy, its tensors are the caller's: they are not ours to change.
+            state_dict[f"{prefix}weight"] = self.mask.mask_value(stored.detach())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if self.mask is not None:
-            self.mask.mask_in_place(self.weight)
+        if self.mask is not None and not self.weight.is_meta:
+            self.mask.to(self.weight.device)  # a weight that was assigned may lie elsewhere
         scales = f"{prefix}weight_quantizer."
         if isinstance(self.weight_quantizer, TrainedTernaryQuantizer) and not any(
             key.startswith(scales) for key in state_dict
@@ -149,8 +157,8 @@ class CompressedConv2d(CompressedLayer, nn.Conv2d):
     """nn.Conv2d on the used weight: (N, C, H, W) to (N, out_channels, H', W')."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _trimmed_convolution(
-            self, self._quantized_input(input), self.used_weight(), self._used_bias(self.bias)
+        return _convolution(
+            self, self._quantized_input(input), self.used_weight(), self.used_bias()
         )
 
     def folded(self) -> nn.Module:
@@ -158,7 +166,7 @@ class CompressedConv2d(CompressedLayer, nn.Conv2d):
         plain = nn.Conv2d(**_conv2d_settings(self))
         return _behind(
             self.input_quantizer,
-            _adopt(plain, self, *_copies(self.used_weight(), self._used_bias(self.bias))),
+            _adopt(plain, self, *_copies(self.used_weight(), self.used_bias())),
         )
 
 
@@ -166,16 +174,14 @@ class CompressedLinear(CompressedLayer, nn.Linear):
     """nn.Linear on the used weight: (..., in_features) to (..., out_features)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(
-            self._quantized_input(input), self.used_weight(), self._used_bias(self.bias)
-        )
+        return functional.linear(self._quantized_input(input), self.used_weight(), self.used_bias())
 
     def folded(self) -> nn.Module:
         """Return a plain linear layer with the used weight and the bias as it is added."""
         plain = nn.Linear(**_linear_settings(self))
         return _behind(
             self.input_quantizer,
-            _adopt(plain, self, *_copies(self.used_weight(), self._used_bias(self.bias))),
+            _adopt(plain, self, *_copies(self.used_weight(), self.used_bias())),
         )
 
 
@@ -191,9 +197,9 @@ def compress(
 ) -> CompressedConv2d | CompressedLinear:
     """Return a layer with the same parameter objects that computes with the compressed weight.
 
-    What the layer already has (a mask from an earlier method) stays. A masked weight is set to zero
-    under its mask at once. `padding_mode` replaces that of a convolution. Raises ModelError for a
-    layer that already has what is to be added.
+    What the layer already has from an earlier method stays; `bias_terms` multiplies its own. A
+    masked weight is set to zero under its mask at once. `padding_mode` replaces that of a
+    convolution. Raises ModelError for a layer that already has what is to be added.
     """
     new: CompressedConv2d | CompressedLinear
     if isinstance(layer, nn.Conv2d):
@@ -206,8 +212,8 @@ def compress(
     new.mask = _only_one("mask", layer, mask)
     new.weight_quantizer = _only_one("weight_quantizer", layer, weight_quantizer)
     new.input_quantizer = _only_one("input_quantizer", layer, input_quantizer)
-    new.bias_terms = bias_terms
-    new.clip = clip
+    new.bias_terms = bias_terms * getattr(layer, "bias_terms", 1)
+    new.clip = _only_one("clip", layer, clip)
     if mask is not None:
         mask.mask_in_place(new.weight)
     return new
@@ -216,14 +222,20 @@ def compress(
 def _only_one(kind: str, layer: PlainLayer, added: Any) -> Any:
     present = getattr(layer, kind, None)
     if present is not None and added is not None:
-        raise ModelError(f"the layer {layer} already has a {kind.replace('_', ' ')}")
+        raise ModelError(
+            f"a layer ({type(layer).__name__}) already has a {kind.replace('_', ' ')}: "
+            "apply the method to a network that has none"
+        )
     return present if added is None else added
 
 
-def _trimmed_convolution(
-    layer: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def _convolution(layer: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve with a layer's settings, without the taps that would see only zero padding."""
+    if layer.padding_mode == "replicate":
+        padded = _ReplicatedBorders.apply(input, tuple(layer._reversed_padding_repeated_twice))
+        return functional.conv2d(
+            padded, weight, bias, layer.stride, 0, layer.dilation, layer.groups
+        )
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return layer._conv_forward(input, weight, bias)
     padding = [*layer.padding]
@@ -239,6 +251,37 @@ def _trimmed_convolution(
     return functional.conv2d(
         input, weight, bias, layer.stride, padding, layer.dilation, layer.groups
     )
+
+
+class _ReplicatedBorders(torch.autograd.Function):
+    """Replication padding by (left, right, top, bottom), with a gradient of its own.
+
+    That of torch (2.11) fails where torch.compile has chosen the channels-last layout.
+    """
+
+    @staticmethod
+    def forward(maps: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+        return functional.pad(maps, padding, mode="replicate")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.padding = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        left, right, top, bottom = ctx.padding
+        inner = _summed_borders(gradient, -2, top, bottom)
+        return _summed_borders(inner, -1, left, right), None
+
+
+def _summed_borders(gradient: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """Leave out the borders of an axis, after they have been added to its first and last entry."""
+    size = gradient.shape[axis] - before - after
+    inner = gradient.narrow(axis, before, size).clone()
+    inner.narrow(axis, 0, 1).add_(gradient.narrow(axis, 0, before).sum(axis, keepdim=True))
+    border = gradient.narrow(axis, before + size, after)
+    inner.narrow(axis, size - 1, 1).add_(border.sum(axis, keepdim=True))
+    return inner
 
 
 # A new layer is built on the meta device: its own initial weights cost nothing, draw no random

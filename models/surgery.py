@@ -58,15 +58,20 @@ class Layer:
         return _is_quantized(self.module)
 
 
-def weight_layers(model: nn.Module) -> list[Layer]:
+def weight_layers(model: nn.Module, *, frozen: bool = False) -> list[Layer]:
     """List the convolution and linear layers below a network's root, in order of registration.
 
-    Raises ModelError when the network declares a role for a layer that it does not have.
+    They are nn.Conv2d, nn.Linear and ours. Layers of other types (nn.Conv1d, nn.ConvTranspose2d,
+    subclasses from elsewhere) are not among them, so no method touches them: they stay float.
+
+    `frozen` lists those with a frozen weight too, which no method may replace. Raises ModelError
+    when the network declares a role for a layer that it does not have.
     """
     modules = [
         (name, module)
         for name, module in model.named_modules()
-        if name and type(module) in _WEIGHT_LAYERS
+        if name
+        and (type(module) in _WEIGHT_LAYERS or (frozen and isinstance(module, StoresWeight)))
     ]
     parts = _declared_parts(model, [name for name, _ in modules])
     return [
@@ -135,20 +140,29 @@ def constant_buffers(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if name not in persistent]
 
 
+def mark_constant_buffers(model: nn.Module) -> None:
+    """Tell DistributedDataParallel, which reads it off the network, to leave them alone."""
+    object.__setattr__(model, "_ddp_params_and_buffers_to_ignore", constant_buffers(model))
+
+
 def after_step(model: nn.Module) -> Callable[[], None]:
     """Return what must be called after each optimizer step: it clips the latent values.
 
     Binary layers hold their latent weights, and biases, to [-1, 1]; for a network without such
     layers it does nothing.
     """
-    bounds: dict[float, list[Tensor]] = {}
+    bounds: dict[float, list[CompressedLayer]] = {}
     for module in model.modules():
         if isinstance(module, CompressedLayer) and module.clip is not None:
-            bounds.setdefault(module.clip, []).extend(module.parameters(recurse=False))
+            bounds.setdefault(module.clip, []).append(module)
 
     @torch.no_grad()
     def clip() -> None:
-        for bound, latents in bounds.items():
+        for bound, layers in bounds.items():
+            # Read anew: loading with assign=True and moving a network may change the parameters.
+            latents: list[Tensor] = [
+                latent for layer in layers for latent in layer.parameters(recurse=False)
+            ]
             torch._foreach_clamp_min_(latents, -bound)
             torch._foreach_clamp_max_(latents, bound)
 
@@ -159,6 +173,8 @@ def fold(model: nn.Module) -> nn.Module:
     """Return a copy in which every layer of a method is a plain torch layer with equal outputs.
 
     The copy has the used (for example ternary) weights and no latent ones; the model is unchanged.
+    Activations that a method has quantized (models.activations.QuantizedActivation) have no plain
+    counterpart and stay.
     """
     folded = copy.deepcopy(model)
     if isinstance(folded, Foldable):
@@ -167,6 +183,7 @@ def fold(model: nn.Module) -> nn.Module:
         folded,
         {module: module.folded() for module in folded.modules() if isinstance(module, Foldable)},
     )
+    mark_constant_buffers(folded)
     return folded
 
 

@@ -345,6 +345,13 @@ _GOVERNED = {
 }
 
 
+def _quantizes(method: str) -> bool:
+    """Whether a network under the method has latent weights. Imports torch."""
+    from models.methods import Kind, resolve_methods
+
+    return any(step.kind is Kind.QUANTIZER for step in resolve_methods(method))
+
+
 def without_effect(experiment: Experiment, overrides: Iterable[str]) -> list[str]:
     """One line for each override that changes nothing, so that nobody tunes a dead setting."""
     lines = []
@@ -355,8 +362,9 @@ def without_effect(experiment: Experiment, overrides: Iterable[str]) -> list[str
             current = getattr(experiment.train, governor)
             if current != value:
                 reason = f"train.{governor}={current}"
-        elif key == "train.latent_weight_decay" and experiment.method == "float":
-            reason = "method=float, which has no latent weights"
+        elif key == "train.latent_weight_decay":
+            if not _quantizes(experiment.method):
+                reason = f"method={experiment.method}, which has no latent weights"
         elif key in ("scaling.workers", "scaling.max_failures", "scaling.timeout"):
             if experiment.scaling.launcher == "local":
                 reason = "scaling.launcher=local"

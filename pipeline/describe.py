@@ -170,8 +170,8 @@ def _costs(profile: Profile) -> list[str]:
             stored += f"; {size:,} as {name}"
     operations = f"MACs       {profile.macs:,}"
     if profile.nominal_macs != profile.macs:
-        operations += f", {profile.nominal_macs:,} with the taps left out: those that see only "
-        operations += "padding, and the zeros around patterns in a larger kernel"
+        operations += f", {profile.nominal_macs:,} with those by padding alone and by the zeros "
+        operations += "around patterns in a larger kernel"
     if profile.executed_macs != profile.macs:
         operations += f", {profile.executed_macs:,} executed"
     if profile.kept_macs != profile.nominal_macs:

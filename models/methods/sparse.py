@@ -15,6 +15,9 @@ from models.masks import WeightMask, kernel_supports, periodic_mask, random_mask
 from models.methods import Kind, Method, method
 from models.surgery import Layer, replace_layers, weight_layers
 
+#: Far beyond the paper's 16; a mask of a layer with 2048 channels takes 75 MB then.
+_LONGEST_PERIOD = 1024
+
 
 @method("sparse")
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,10 @@ class Sparse(Method):
             raise ModelError("sparse: a periodic pattern draws nothing; seed is for pattern=random")
         if self.period is not None and not self.full:
             raise ModelError("sparse: with full=false the period is the number of supports")
-        if self.period is not None and self.period < 2:
-            raise ModelError(f"sparse: period must be at least 2, not {self.period}")
+        if self.period is not None and not 2 <= self.period <= _LONGEST_PERIOD:
+            raise ModelError(
+                f"sparse: period must be from 2 to {_LONGEST_PERIOD}, not {self.period}"
+            )
 
     def apply(self, model: nn.Module) -> list[str]:
         layers = weight_layers(model)
@@ -92,7 +97,9 @@ class Sparse(Method):
         for layer in _maskable(layers):
             mask = self._mask(layer, generator)
             if mask is not None:
-                masks[layer.module] = mask
+                weight = layer.module.weight
+                device = None if weight.is_meta else weight.device  # a mask has its values always
+                masks[layer.module] = mask.to(device, weight.dtype)
         return replace_layers(
             model,
             [layer for layer in layers if layer.module in masks],
@@ -105,7 +112,7 @@ class Sparse(Method):
         filters, channels, height, width = weight.shape
         if self.pattern == "random":
             enough = height * width > self.kernel
-            return random_mask(weight.shape, self.kernel, generator).to(weight) if enough else None
+            return random_mask(weight.shape, self.kernel, generator) if enough else None
         supports = kernel_supports((height, width), self.kernel)
         if len(supports) < 2:
             return None
@@ -114,7 +121,7 @@ class Sparse(Method):
             bank = torch.cat((torch.ones_like(supports[:1]), supports[phases]))
         else:
             bank = supports.roll(1, dims=0)
-        return periodic_mask(filters, channels, bank).to(weight)
+        return periodic_mask(filters, channels, bank)
 
 
 def _maskable(layers: list[Layer]) -> list[Layer]:

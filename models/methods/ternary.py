@@ -43,7 +43,8 @@ class Ternary(Method):
 
     Published top-1 on ImageNet, all layers ternary: ResNet-18 66.01 %, with two and four branches
     68.35 and 69.44 % (float 69.75 %); ResNet-50 74.00 % (float 76.13 %). ResNet-18 by the other two
-    rules: TWN 61.8 %, TTQ 66.6 % (float 70.3 %; as listed by Yang et al., CVPR 2019, arXiv
+    rules, with first and last layer in float (`first_last=float`, which their short forms do not
+    set): TWN 61.8 %, TTQ 66.6 % (float 70.3 %; as listed by Yang et al., CVPR 2019, arXiv
     1911.09464).
     """
 

@@ -14,7 +14,7 @@ from functools import cache
 
 from data_prep.datasets import DataError, get_dataset
 from models.calls import ModelError
-from pipeline.config import Experiment, PipelineError, nearest, override
+from pipeline.config import Experiment, PipelineError, build_experiment, nearest, override
 from pipeline.recipes import DEFAULT
 
 
@@ -61,20 +61,27 @@ def check_parts(experiment: Experiment) -> None:
 
 
 def _from_grammar(name: str) -> Experiment:
+    if "(" in name:
+        raise PipelineError(
+            f"{name!r} is not a name: names take short forms alone, such as ternary-x4; arguments "
+            "are settings behind the name: mnist_lenet5 method='ternary(expansion=4)'"
+        )
     parts = name.split("_")
     if not 2 <= len(parts) <= 3 or not all(parts):
         raise PipelineError(
             f"unknown experiment {name!r}{nearest(name, catalog())} "
             "A name is DATASET_BACKBONE or DATASET_BACKBONE_METHOD; --list shows the catalog"
         )
-    experiment = Experiment(
-        name=name,
-        dataset=parts[0],
-        backbone=parts[1],
-        method=parts[2] if len(parts) == 3 else "float",
-        train=DEFAULT,
-    )
     try:
+        experiment = build_experiment(
+            {
+                "name": name,
+                "dataset": parts[0],
+                "backbone": parts[1],
+                "method": parts[2] if len(parts) == 3 else "float",
+                "train": DEFAULT,
+            }
+        )
         check_parts(experiment)
     except PipelineError as error:
         raise PipelineError(f"unknown experiment {name!r}: {error}") from None

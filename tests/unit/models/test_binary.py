@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import ModelError, after_step, apply_method, create_model, fold, quantized_layers
+from models import (
+    ModelError,
+    after_step,
+    apply_method,
+    create_model,
+    fold,
+    latent_regularization,
+    profile,
+    quantized_layers,
+)
 from models.activations import QuantizedActivation
 from models.backbones.lenet5 import LeNet5
-from models.binary_quantizers import BinaryQuantizer, TernarySignQuantizer, binarize
-from models.layers import CompressedConv2d, CompressedLinear, compress
-from models.masks import WeightMask
-from models.methods.binary import latent_regularization
-from models.quantizers import WeightQuantizer
+from models.layers import CompressedConv2d, CompressedLinear
 from models.surgery import Part
 
 RESNET_ROLES: dict[str, Part] = {"conv1": "stem", "fc": "head", "layer*.downsample.0": "shortcut"}
@@ -56,123 +64,6 @@ def ternarize_as_the_authors(x: Tensor, factor: float) -> Tensor:
     return x
 
 
-# Weights
-
-
-def test_zero_is_negative_and_the_dead_zone_is_that_of_float32() -> None:
-    values = torch.tensor([-2, -1, -1e-9, -0.0, 0, 1e-45, 1e-9, 2**-24, 6e-8, 1e-3, 1, 2])
-    signs = torch.tensor([-1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1]).float()
-    assert torch.equal(binarize(values), signs)
-    assert torch.equal(binarize(values, dead_zone=True), binarize_as_the_authors(values))
-    assert binarize(values, dead_zone=True)[6:9].tolist() == [-1, -1, 1]
-    assert binarize(torch.tensor(float("nan"))).isnan()
-
-
-def test_ternary_signs_of_the_paper() -> None:
-    weight = torch.tensor([-0.9, -0.1, 0.1, 0.9, 0.35, 0])
-    assert TernarySignQuantizer()(weight).tolist() == [-1, 0, 0, 1, 1, 0]
-    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(TernarySignQuantizer()(weight), ternarize_as_the_authors(weight, 0.7))
-
-
-@pytest.mark.parametrize("quantizer", [BinaryQuantizer(), TernarySignQuantizer()])
-def test_the_gradient_passes_unchanged_also_beyond_one(quantizer: WeightQuantizer) -> None:
-    weight = torch.tensor([-3, -1, -0.2, 0, 0.2, 1, 3], requires_grad=True)
-    upstream = torch.arange(7.0)
-    quantizer(weight).backward(upstream)
-    assert weight.grad is not None
-    assert torch.equal(weight.grad, upstream)
-
-
-@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (4, 7)])
-def test_xnor_scale_and_gradient_are_those_of_the_paper(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight, upstream = (torch.randn(shape, generator=generator).double() for _ in range(2))
-    ours = weight.clone().requires_grad_()
-    result = BinaryQuantizer(scale="xnor")(ours)
-    result.backward(upstream)
-    assert ours.grad is not None
-    for one, g, quantized, grad in zip(weight, upstream, result, ours.grad, strict=True):
-        alpha = one.abs().mean()
-        torch.testing.assert_close(quantized, alpha * one.sign())
-        inside = (one.abs() <= 1).double()
-        torch.testing.assert_close(grad, g * (1 / one.numel() + inside * alpha))
-
-
-def test_sums_of_rounded_scales_are_exact_in_any_order() -> None:
-    generator = torch.Generator().manual_seed(7)
-    weight = torch.randn(64, 4608, generator=generator)
-    inputs = torch.randn(16, 4608, generator=generator).sign()
-    plain = BinaryQuantizer(scale="xnor")(weight)
-    rounded = BinaryQuantizer(scale="xnor", exact_sums=True)(weight)
-    torch.testing.assert_close(rounded, plain, rtol=2**-8, atol=0)
-    order = torch.randperm(4608, generator=generator)
-    sums = inputs @ rounded.T
-    assert torch.equal(inputs[:, order] @ rounded[:, order].T, sums)
-    assert torch.equal(sums == 0, inputs @ binarize(weight).T == 0)
-    assert (sums == 0).any()
-
-
-@pytest.mark.parametrize("quantizer", [BinaryQuantizer(scale="xnor"), TernarySignQuantizer()])
-def test_weights_under_a_mask_do_not_count(quantizer: WeightQuantizer) -> None:
-    generator = torch.Generator().manual_seed(2)
-    kept = torch.zeros(4, 3, 3, 3)
-    kept[:, :, 1, 1:] = 1
-    mask = WeightMask(kept, filters=4, bank_bits=0)
-    layer = compress(nn.Conv2d(3, 4, 3), mask=mask, weight_quantizer=quantizer)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(4, 3, 3, 3, generator=generator) * kept)
-    used = layer.used_weight()
-    assert used[kept == 0].count_nonzero() == 0
-    # The same weights as a dense layer of two taps.
-    dense = layer.weight.detach()[:, :, 1:2, 1:].contiguous()
-    torch.testing.assert_close(used[:, :, 1:2, 1:], quantizer(dense))
-
-
-@pytest.mark.parametrize(
-    "quantizer", [BinaryQuantizer(), BinaryQuantizer(scale="xnor"), TernarySignQuantizer()]
-)
-def test_compiled_weights_and_gradients_are_the_eager_ones(quantizer: WeightQuantizer) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(lambda weight: quantizer(weight), fullgraph=True, backend="aot_eager")
-    generator = torch.Generator().manual_seed(3)
-    weight, upstream = (torch.randn(9, 7, generator=generator) for _ in range(2))
-    eager, traced = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    expected, result = quantizer(eager), compiled(traced)
-    assert torch.equal(result, expected)
-    expected.backward(upstream)
-    result.backward(upstream)
-    assert eager.grad is not None and traced.grad is not None
-    assert torch.equal(traced.grad, eager.grad)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "height", "width"), [(3, 5, 7), (2, 4, 5), (4, 5, 6), (5, 3, 1)]
-)
-def test_replicate_same_convolution_is_the_loop_over_clamped_indices(
-    kernel: int, height: int, width: int
-) -> None:
-    generator = torch.Generator().manual_seed(4)
-    layer = compress(
-        nn.Conv2d(2, 3, kernel, padding="same", bias=False),
-        weight_quantizer=BinaryQuantizer(),
-        padding_mode="replicate",
-    )
-    images = torch.randn(1, 2, height, width, generator=generator).sign()
-    expected = torch.zeros(1, 3, height, width)
-    before = (kernel - 1) // 2  # an odd total puts one more row at the bottom, column at the right
-    for y in range(height):
-        for x in range(width):
-            for i in range(kernel):
-                for j in range(kernel):
-                    row = min(max(y + i - before, 0), height - 1)
-                    column = min(max(x + j - before, 0), width - 1)
-                    expected[0, :, y, x] += (
-                        layer.used_weight()[:, :, i, j] @ images[0, :, row, column]
-                    )
-    assert torch.equal(layer(images), expected)
-
-
 # The paper's networks
 
 
@@ -209,6 +100,21 @@ def test_a_binary_lenet_stores_the_published_bytes() -> None:
     stored = [layer.weight_storage() for _, layer in quantized_layers(lenet5())]
     assert {(form.levels, form.scales) for form in stored} == {(2, 0)}
     assert sum(form.count for form in stored) / 8 == 109_540
+
+
+@pytest.mark.parametrize(("bits", "weight_bytes"), [("none", 1_294_000), ("all", 2_588_000)])
+def test_a_vggnet7_stores_the_published_bytes_and_its_norms(bits: str, weight_bytes: int) -> None:
+    with torch.device("meta"):
+        model = create_model(
+            "vggnet7(bias=false)",
+            f"binary(ternary_weights={bits})",
+            num_classes=10,
+            image_size=32,
+        )
+    result = profile(model, 32)
+    norms = [layer for layer in result.layers if layer.name.startswith("bn")]
+    assert sum(layer.stored_bytes for layer in norms) == 61_520
+    assert result.stored_bytes == weight_bytes + 61_520
 
 
 @pytest.mark.parametrize(
@@ -437,7 +343,7 @@ def test_an_activation_module_used_twice_is_one_place_and_gates_stay() -> None:
     with pytest.raises(ModelError, match="9 digits"):
         resnet18("binary(placement=activation, ternary_activations='1000')")
     gated = nn.Sequential(nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 4), nn.Sigmoid())
-    apply_method(gated, "binary")
+    apply_method(gated, "binary(last=binary)")
     assert [type(gated[1]), type(gated[3])] == [nn.Identity, nn.Sigmoid]
 
 
@@ -482,6 +388,20 @@ def test_the_penalty_on_latent_weights_and_its_two_gradients() -> None:
         ("binary(estimator=swish, beta=0)", "beta must be above 0"),
         ("binary(activations=float, estimator=swish)", "estimator has no effect"),
         ("binary(scale=xnor, ternary_weights=all)", "scale=xnor has no effect"),
+        ("binary(scale=xnor, ternary_weights='1111')", "scale=xnor has no effect"),
+        (
+            "binary(scale=xnor, first=float, ternary_weights='0111')",
+            "scale=xnor has no effect where all weights are ternary",
+        ),
+        (
+            "binary(first=float, ternary_weights='1000')",
+            "ternary_weights='1000' has no effect on conv1, which stays float",
+        ),
+        (
+            "binary(last=float, placement=input, ternary_activations='001')",
+            "ternary_activations='001' has no effect on fc2, which stays float",
+        ),
+        ("binary(padding=zeros)", "padding=zeros has no effect: no convolution of LeNet5"),
     ],
 )
 def test_options_that_cannot_be_are_refused(method: str, reason: str) -> None:
@@ -493,10 +413,86 @@ def test_options_that_cannot_be_are_refused(method: str, reason: str) -> None:
     ("method", "reason"),
     [
         ("binary(order=CPBA)", "blocks have an order.*Sequential has none"),
-        ("binary(last=float)", "last=float needs to know the head of Sequential"),
         ("binary(placement=activation)", "no activations to quantize with placement=activation"),
     ],
 )
 def test_a_network_that_lacks_what_an_option_needs_says_so(method: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
-        apply_method(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), method)
+        apply_method(nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), method)
+
+
+def test_where_a_network_declares_no_parts_the_first_and_the_last_layer_stay_float() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+
+    for method, names in (
+        ("binary", ["2"]),
+        ("binary(first=binary)", ["0", "2"]),
+        ("binary-bwn(last=binary)", ["2", "3"]),
+        ("binary(first=binary, last=float)", ["0", "2"]),
+    ):
+        assert [name for name, _ in quantized_layers(apply_method(network(), method))] == names
+
+
+@pytest.mark.parametrize(
+    ("method", "roles"),
+    [("binary", {"0": "stem", "2": "head"}), ("binary(ternary_activations='01')", {})],
+)
+def test_a_refused_network_keeps_its_activations(method: str, roles: dict[str, Part]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(ModelError):
+        apply_method(model, method, roles=roles)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_an_order_that_was_chosen_for_the_network_stays() -> None:
+    chosen = "lenet5(order=CBAP)"
+    assert lenet5("binary").order == "CPBA"
+    assert lenet5("binary", backbone=chosen).order == "CBAP"
+    assert lenet5("binary(order=CPBA)", backbone=chosen).order == "CPBA"
+    assert lenet5("binary-bwn").order is None
+
+
+def test_what_the_xnor_form_keeps_real_is_not_quantized_at_the_inputs() -> None:
+    with pytest.raises(ModelError, match="would quantize what relu1, relu2, relu3 of XnorLeNet5"):
+        lenet5("binary(placement=input)", backbone="lenet5(xnor=true)")
+
+
+def test_a_restored_network_takes_the_same_next_step() -> None:
+    def trainer(model: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), after_step(model)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: Callable[[], None]) -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(digits(4)), torch.arange(4)).backward()
+        optimizer.step()
+        clip()
+
+    model, restored = (
+        lenet5(),
+        create_model(
+            "lenet5(bias=false)", "binary", num_classes=10, in_channels=1, image_size=28, seed=1
+        ),
+    )
+    optimizer, clip = trainer(model)
+    step(model, optimizer, clip)
+    saved = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], saved)
+    saved.seek(0)
+    weights, momentum = torch.load(saved, weights_only=True)
+    restored.load_state_dict(weights)
+    other, other_clip = trainer(restored)
+    other.load_state_dict(momentum)
+    step(model, optimizer, clip)
+    step(restored, other, other_clip)
+    for name, value in restored.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_clipping_reaches_parameters_that_were_assigned_later() -> None:
+    model = lenet5()
+    clip = after_step(model)
+    far = {name: 5 * torch.ones_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(far, assign=True)
+    clip()
+    assert model.conv1.weight.eq(1).all() and model.bn1.weight.eq(5).all()

@@ -65,6 +65,9 @@ def test_plus_splits_calls_but_not_numbers_inside_parentheses() -> None:
         ("a(b=c.d)", "cannot read 'c.d'"),
         ("a(b=__import__('os'))", "cannot read"),
         ("5a", "cannot read '5a'"),
+        ("a(b=0110)", "put digits in quotes, '0110'"),
+        ("a(b=(1, 010), c=.5)", "put digits in quotes, '010'"),
+        ("a(b=1.05, c=)", "write NAME or NAME"),
     ],
 )
 def test_unreadable_text_is_refused_in_one_line(text: str, reason: str) -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from models import ModelError, apply_method, fold, quantized_layers
 from models.layers import CompressedConv2d, CompressedLinear, TrimmedConv2d, compress
+from models.masks import WeightMask
 from models.ternary_quantizers import TernaryQuantizer
 
 FACTORS = {1: (0.05,), 2: (0.05, 0.10), 4: (0.05, 0.10, 0.15, 0.20)}
@@ -204,3 +205,50 @@ def test_a_layer_takes_one_quantizer() -> None:
     layer = compress(nn.Linear(3, 2), weight_quantizer=TernaryQuantizer())
     with pytest.raises(ModelError, match="already has a weight quantizer"):
         compress(layer, weight_quantizer=TernaryQuantizer())
+
+
+def test_a_mask_that_is_added_leaves_what_the_layer_has_and_is_told_in_one_line_if_it_has_one() -> (
+    None
+):
+    mask = WeightMask(torch.tensor([1.0, 0, 1, 0]).view(1, 4, 1, 1), filters=2, bank_bits=4)
+    quantizer = TernaryQuantizer((0.05, 0.1))
+    layer = compress(nn.Conv2d(4, 2, 1), weight_quantizer=quantizer, bias_terms=2, clip=1.0)
+    masked = compress(layer, mask=mask)
+    assert (masked.weight_quantizer, masked.bias_terms, masked.clip) == (quantizer, 2, 1.0)
+    with pytest.raises(ModelError, match="already has a mask") as caught:
+        compress(masked, mask=mask)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("padding", [1, (0, 2), (3, 1), "same"])
+@pytest.mark.parametrize("kernel", [3, (2, 4)])
+def test_replicated_borders_are_those_of_torch_in_value_and_gradient(
+    padding: int | str | tuple[int, int], kernel: int | tuple[int, int]
+) -> None:
+    layer = TrimmedConv2d(
+        3, 4, kernel, padding=padding, padding_mode="replicate", dtype=torch.float64
+    )
+    plain = layer.folded()
+    assert type(plain) is nn.Conv2d
+    images = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    ours, theirs = layer(images), plain(images)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, [images, *layer.parameters()], upstream),
+        torch.autograd.grad(theirs, [images, *plain.parameters()], upstream),
+    )
+    torch.testing.assert_close(layer(images[0]), plain(images[0]))
+
+
+@pytest.mark.slow
+def test_replicated_borders_have_a_gradient_under_the_default_compiler() -> None:
+    torch.compiler.reset()
+    first = nn.Conv2d(4, 4, 3)
+    second = TrimmedConv2d(4, 4, 3, padding=1, padding_mode="replicate")
+    model = nn.Sequential(first, second)
+    images = torch.randn(2, 4, 9, 9)
+    eager = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    traced = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)

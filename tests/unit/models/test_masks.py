@@ -161,10 +161,31 @@ def test_a_mask_is_not_saved_and_survives_copies_and_precision() -> None:
 
 def test_kept_weights_are_known_without_memory_for_the_weights() -> None:
     with torch.device("meta"):
-        periodic = periodic_mask(16, 16, kernel_supports((3, 3), 4)).to("meta")
+        periodic = periodic_mask(16, 16, kernel_supports((3, 3), 4))
         drawn = random_mask(torch.Size((4, 4, 3, 3)), 1, torch.Generator().manual_seed(0))
     assert (periodic.kept, drawn.kept) == (1024, 16)
-    assert periodic.full().is_meta
+
+
+def test_a_mask_keeps_its_values_when_the_network_loses_its_own() -> None:
+    mask = periodic_mask(16, 16, kernel_supports((3, 3), 4))
+    full = mask.full()
+    assert torch.equal(mask.to("meta").full(), full)
+    assert torch.equal(mask.to_empty(device="cpu").full(), full)
+    assert mask.half().full().dtype == torch.float16
+
+
+@pytest.mark.parametrize(("kernel", "positions"), [((1, 3), 2), ((2, 2), 2), ((3, 3), 4)])
+def test_the_masks_with_the_fewest_zeros_contradict_another_one_and_dense_weights_none(
+    kernel: tuple[int, int], positions: int
+) -> None:
+    supports = kernel_supports(kernel, positions)
+    full = torch.ones_like(supports[:1])
+    mask = periodic_mask(8, 8, torch.cat((full, supports[:1])))
+    other = periodic_mask(8, 8, torch.cat((full, supports[-1:])))
+    weight = torch.randn(8, 8, *kernel)
+    assert not other.contradicts(weight)
+    assert not mask.contradicts(mask.mask_value(weight))
+    assert other.contradicts(mask.mask_value(weight))
 
 
 def test_a_period_that_does_not_divide_the_filters_is_cut() -> None:

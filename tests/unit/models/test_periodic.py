@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models import apply_method, create_model, fold
+from models import ModelError, apply_method, create_model, fold, fold_periodic
 from models.layers import CompressedConv2d
-from models.periodic import PeriodicConv2d, fold_periodic
+from models.periodic import PeriodicConv2d
 
 
 def masked_layer(layer: nn.Conv2d, method: str) -> CompressedConv2d:
@@ -17,7 +17,14 @@ def masked_layer(layer: nn.Conv2d, method: str) -> CompressedConv2d:
 
 
 @pytest.mark.parametrize(
-    "method", ["sparse-psd2p8", "sparse-psd4p16", "sparse-ps1p9", "sparse-ps2p6+ternary"]
+    "method",
+    [
+        "sparse-psd2p8",
+        "sparse-psd4p16",
+        "sparse-ps1p9",
+        "sparse-ps2p6+ternary",
+        "sparse+ternary(expansion=4, original=true)",  # adds the bias four times
+    ],
 )
 @pytest.mark.parametrize(
     "layer",
@@ -70,3 +77,28 @@ def test_a_random_mask_has_no_products_to_share() -> None:
     model = apply_method(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "sparse-psc1")
     fast = fold_periodic(model, torch.randn(1, 3, 8, 8))
     assert {type(layer) for layer in fast.children()} == {nn.Conv2d}
+
+
+def test_layers_that_are_shared_or_never_called_are_folded_too() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.idle = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+            self.body = nn.Conv2d(16, 16, 3, stride=2)
+            self.again = self.body
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.again(self.body(self.stem(images)))
+
+    model = apply_method(Network(), "sparse-ps1p9").eval()
+    images = torch.randn(1, 3, 24, 24)
+    fast = fold_periodic(model, images)
+    assert type(fast.idle) is nn.Conv2d
+    assert fast.again is fast.body
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_other_devices_than_the_cpu_are_refused() -> None:
+    with pytest.raises(ModelError, match="for inference on the CPU"):
+        fold_periodic(nn.Conv2d(3, 8, 3, device="meta"), torch.randn(1, 3, 8, 8))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import ModelError, apply_method, create_model, fold
+from models import ModelError, apply_method, create_model, fold, profile
 from models.layers import CompressedLayer
 from models.masks import WeightMask
 from models.methods import resolve_methods
@@ -78,6 +78,31 @@ def test_published_parameters(method: str, vgg16: int, resnet18: int) -> None:
         with torch.device("meta"):
             model = create_model(backbone, method, num_classes=10, image_size=32)
         assert kept_parameters(model) == kept
+
+
+@pytest.mark.parametrize(
+    ("method", "entries"),
+    [("sparse-psd4p8", 37 / 8), ("sparse-psd2p8", 23 / 8), ("sparse-ps4p4", 4), ("sparse-psc1", 1)],
+)
+def test_kept_operations_are_the_average_entries_of_a_kernel_at_every_pixel(
+    method: str, entries: float
+) -> None:
+    # Side of the maps, and channels in and out of the masked convolutions.
+    widths = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    sides = [32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2]
+    vgg16 = 3 * 64 * 9 * 32**2 + 512 * 10
+    vgg16 += sum(
+        int(entries * inputs * outputs) * side**2
+        for inputs, outputs, side in zip(widths, widths[1:], sides, strict=False)
+    )
+    resnet18 = 3 * 64 * 9 * 32**2 + 512 * 10 + 4 * int(entries * 64**2) * 32**2
+    for width, side in ((128, 16), (256, 8), (512, 4)):
+        inner = width // 2 * width + 3 * width**2
+        resnet18 += (int(entries * inner) + width // 2 * width) * side**2
+    for backbone, macs in (("vgg16(form=cifar)", vgg16), ("resnet18(form=cifar)", resnet18)):
+        with torch.device("meta"):
+            model = create_model(backbone, method, num_classes=10, image_size=32)
+        assert profile(model, 32).kept_macs == macs
 
 
 def test_the_short_forms_are_the_names_of_the_paper() -> None:
@@ -198,7 +223,8 @@ def test_a_dense_checkpoint_is_brought_under_the_mask_and_a_masked_one_goes_roun
 
 
 @pytest.mark.parametrize(
-    "quantizer", ["ternary", "ternary(rule=twn)", "ternary(rule=ttq)", "ternary-x4", "binary-bwn"]
+    "quantizer",
+    ["ternary", "ternary(rule=twn)", "ternary(rule=ttq)", "ternary-x4", "binary-bwn(last=binary)"],
 )
 @pytest.mark.parametrize("mask", ["sparse-psd2p8", "sparse-psc1"])
 def test_quantized_weights_are_zero_under_the_mask_and_follow_the_kept_ones(
@@ -209,7 +235,7 @@ def test_quantized_weights_are_zero_under_the_mask_and_follow_the_kept_ones(
         layer, kept = layer_of(model, name), mask_module.full() == 1
         used = layer.used_weight()
         assert (used[~kept] == 0).all()
-        if quantizer == "binary-bwn":
+        if quantizer.startswith("binary"):
             means = layer.weight.abs().sum((1, 2, 3)) / mask_module.kept_per_filter().flatten()
             torch.testing.assert_close(used.abs().amax((1, 2, 3)), means)
         else:
@@ -222,19 +248,49 @@ def test_quantized_weights_are_zero_under_the_mask_and_follow_the_kept_ones(
         assert (gradient[~kept] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["sparse-psd2p8", "sparse-psc2", "sparse-ps1p9+ternary", "sparse+binary-bwn(last=binary)"],
+)
+def test_a_network_built_without_memory_has_its_masks_when_weights_are_assigned(
+    method: str,
+) -> None:
+    with torch.device("meta"):
+        model = apply_method(small_network(), method)
+        assert model(torch.empty(2, 3, 8, 8, dtype=torch.float64)).shape == (2, 4)
+    trained = apply_method(small_network(), method)
+    model.load_state_dict(trained.state_dict(), assign=True)
+    assert len(masks_of(model)) == 2
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), trained.eval()(images))
+
+
+def test_loading_a_dense_checkpoint_leaves_it_dense() -> None:
+    model = apply_method(small_network(), "sparse")
+    dense = {name: torch.ones_like(value) for name, value in small_network().state_dict().items()}
+    for assign in (False, True):
+        model.load_state_dict(dense, assign=assign)
+        assert dense["3.weight"].eq(1).all()
+        assert torch.equal(layer_of(model, "3").weight, masks_of(model)["3"].full())
+
+
 def test_fold_of_a_sparse_network_is_plain_and_keeps_the_outputs() -> None:
     model = apply_method(small_network(), "sparse").eval()
     folded = fold(model)
     assert {type(layer.module) for layer in weight_layers(folded)} == {nn.Conv2d}
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(folded(images), model(images))
+    assert model._ddp_params_and_buffers_to_ignore == ["3.mask.period", "6.mask.period"]
+    assert folded._ddp_params_and_buffers_to_ignore == []
 
 
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
         ("sparse(kernel=3)", "kernel=3 is not valid.*one of 1, 2, 4"),
-        ("sparse(period=1)", "period must be at least 2, not 1"),
+        ("sparse(period=1)", "period must be from 2 to 1024, not 1"),
+        ("sparse(period=1000000000000)", "period must be from 2 to 1024, not 1000000000000"),
         ("sparse(full=false, period=8)", "with full=false the period is the number of supports"),
         ("sparse(pattern=random, period=8)", "pattern=random has neither a period nor full"),
         ("sparse-psc4(full=false)", "pattern=random has neither a period nor full"),
@@ -253,7 +309,7 @@ def test_a_mask_comes_before_a_quantizer_and_only_once() -> None:
         apply_method(apply_method(small_network(), "ternary"), "sparse")
     with pytest.raises(ModelError, match="already has a mask"):
         apply_method(apply_method(small_network(), "sparse"), "sparse-psc4")
-    with pytest.raises(ModelError, match="touches no layer"):
+    with pytest.raises(ModelError, match="finds no layer"):
         apply_method(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)), "sparse")
 
 
@@ -261,7 +317,7 @@ def test_weights_trained_under_another_mask_are_refused() -> None:
     first = create_model("resnet20", "sparse-psc2", num_classes=10, image_size=32)
     for method in ("sparse(kernel=2, pattern=random, seed=1)", "sparse-psd2p8", "sparse-psd4p8"):
         other = create_model("resnet20", method, num_classes=10, image_size=32)
-        with pytest.raises(RuntimeError, match=r"conv1\.weight was trained under another"):
+        with pytest.raises(RuntimeError, match=r"conv1\.weight seems to have been"):
             other.load_state_dict(first.state_dict())
     same = create_model("resnet20", "sparse-psc2", num_classes=10, image_size=32, seed=1)
     same.load_state_dict(first.state_dict())

@@ -50,6 +50,22 @@ def test_ternary_weight_is_the_definition_taken_entry_by_entry(
     torch.testing.assert_close(exact, by_loop(weight.double(), factor), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("factor", [0.05, 0.1, 0.15, 0.2])
+def test_entries_on_both_edges_count_and_are_kept_but_for_the_negative_one_if_strict(
+    factor: float, strict: bool
+) -> None:
+    weight = 0.05 * torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(2))
+    delta = factor * weight.abs().max()
+    weight[0, 0, 0, 0], weight[0, 0, 0, 1] = delta, -delta
+    expected = by_loop(weight, factor)
+    assert expected[0, 0, 0, 0] == -expected[0, 0, 0, 1] > 0
+    if strict:
+        expected[0, 0, 0, 1] = 0
+    result = TernaryQuantizer((factor,), strict_negative_edge=strict)(weight)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1.5e-8)
+
+
 def test_golden_scales_of_the_single_thresholds() -> None:
     weight = torch.tensor(GOLDEN_WEIGHT, dtype=torch.float64)
     scales = [TernaryQuantizer((b,))(weight).max().item() for b in FACTORS[4]]

@@ -134,6 +134,11 @@ def test_identity_depends_on_what_decides_the_weights_and_on_nothing_else():
         (["scaling.workers=3", "scaling.launcher=local"], "scaling.workers"),
         (["tracking.uri=http://x", "tracking.enabled=false"], "tracking.uri"),
         (["data.root=/x"], "data.root"),
+        (["train.latent_weight_decay=0"], "train.latent_weight_decay"),
+        (
+            ["train.latent_weight_decay=0", "method=sparse-psd2p8+step"],
+            "train.latent_weight_decay",
+        ),
     ],
 )
 def test_an_override_without_effect_is_said(words, key):
@@ -144,6 +149,7 @@ def test_an_override_without_effect_is_said(words, key):
 
 def test_an_override_with_effect_is_not_mentioned():
     words = ["train.momentum=0.5", "scaling.workers=3", "train.lr=1"]
+    words += ["train.latent_weight_decay=0", "method=sparse+ternary"]
     assert without_effect(override(BASE, words), words) == []
 
 
@@ -187,6 +193,7 @@ def test_an_uncurated_name_resolves_by_the_grammar_and_is_untuned():
         ("digits_lenet", "lenet5"),
         ("digits", "digits_lenet5"),
         ("a_b_c_d", "--list"),
+        ("digits_lenet5_ternary-1.5", "must match"),
         ("", "--list"),
     ],
 )
@@ -194,6 +201,20 @@ def test_an_unknown_experiment_names_the_nearest(name, part):
     with pytest.raises(PipelineError) as caught:
         load_experiment(name)
     assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_lenet5_ternary(thresholds=0.1)",
+        "digits_lenet5_binary(ternary_weights=all)",
+        "digits_lenet5(width=2)_ternary",
+    ],
+)
+def test_arguments_in_a_name_are_sent_to_the_settings(name):
+    with pytest.raises(PipelineError, match=r"names take short forms alone.* method='") as caught:
+        load_experiment(name)
     assert "\n" not in str(caught.value)
 
 
