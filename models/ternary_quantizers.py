@@ -141,7 +141,7 @@ class TrainedTernaryQuantizer(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         for name, scale in self.initial_scales(weight).items():
-            self.register_parameter(name, nn.Parameter(scale))
+            self.register_parameter(name, nn.Parameter(scale, weight.requires_grad))
 
     def initial_scales(self, weight: Tensor) -> dict[str, Tensor]:
         """Return the scales to start with, scalars: mean magnitudes beyond the threshold."""

@@ -341,12 +341,12 @@ def test_every_network_trains_and_folds(pair: tuple[str, str]) -> None:
     loss.backward()
     assert loss.isfinite()
     check_gradients(model)
-    settle(model, images_for(pair, 4))
-    images = images_for(pair, 2)
+    settle(model.double(), images_for(pair, 4).double())
+    images = images_for(pair, 2).double()
     with torch.no_grad():
         expected = model(images)
-        tolerance = 1e-4 * expected.abs().max().item()
-        torch.testing.assert_close(fold(model)(images), expected, rtol=1e-3, atol=tolerance)
+        tolerance = 1e-6 * expected.abs().max().item()
+        torch.testing.assert_close(fold(model)(images), expected, rtol=1e-6, atol=tolerance)
 
 
 @pytest.fixture(scope="module")

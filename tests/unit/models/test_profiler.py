@@ -223,7 +223,9 @@ def test_an_unknown_format_is_refused() -> None:
 
 def test_a_compiled_network_has_the_profile_of_the_network_itself() -> None:
     model = create_model("lenet5", "ternary", num_classes=10, in_channels=1, image_size=28)
-    assert profile(torch.compile(model), 28) == profile(model, 28)
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    assert profile(compiled, 28) == profile(model, 28)
 
 
 def test_a_transposed_convolution_multiplies_each_input_by_its_filters() -> None:

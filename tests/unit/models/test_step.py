@@ -363,6 +363,7 @@ def test_a_mixed_block_with_its_norm_is_that_of_two_branches(training: bool, str
     apply_method(block, "step(mode=original)").train(training)
     mixed, norm, activation = block
     assert isinstance(mixed, MixedConv2d) and isinstance(activation, nn.LeakyReLU)
+    assert isinstance(norm, nn.BatchNorm2d)
     norm.running_mean, norm.running_var = torch.randn(32), torch.rand(32) + 100
     images = torch.randn(4, 64, 8, 8, requires_grad=True)
     statistics = norm.running_mean.clone(), norm.running_var.clone()
