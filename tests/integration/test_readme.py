@@ -78,13 +78,13 @@ def test_the_files_it_tells_to_add_are_all_that_a_method_and_a_backbone_need(tmp
 
 
 def test_its_python_runs(tmp_path):
-    """One after the other: train through the Python interface, then load what is registered."""
-    use, train = (
+    """One after the other: train, load what is registered, and use the networks alone."""
+    use, train, networks = (
         block["text"] for block in BLOCKS if block["kind"] == "python" and block["mark"] is None
     )
     train = train.replace('"train.epochs=1"', '"train.epochs=1", "scaling.launcher=local"')
     answer = subprocess.run(
-        [sys.executable, "-c", train + use + "\nassert logits.shape == (7, 10)"],
+        [sys.executable, "-c", f"{train}{use}\nassert logits.shape == (7, 10)\n{networks}"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,13 +70,13 @@ REFUSALS = {
     ("binary(ternary_weights=1001)", "lenet5"): "in quotes",
 }
 
-#: Many inverted residual blocks of nothing but signs do not learn eight images in a dozen steps.
+#: Too deep to learn a batch in a dozen steps when all is binary.
 SLOW_LEARNER = "efficientnetb0"
 
-#: In the gate, variants of the methods run on these networks alone, and so does what compiles or
-#: exports them, which takes many seconds for a deep network.
+#: In the gate all is tested on these networks, and what takes long, compiling and exporting, on
+#: the first alone. The other families get one test there for each method, the rest marked slow.
 VARIED = ("lenet5", "resnet20")
-TRACED = ("lenet5",)
+TRACED = VARIED[:1]
 
 
 def image_size(backbone: str) -> int:
@@ -104,33 +104,24 @@ def representatives() -> list[str]:
 REPRESENTATIVES = representatives()
 
 
-def pairs(names: list[str], slow: bool = False, traced: bool = False) -> list[Any]:
-    """All pairs of these networks and the methods, as parameters of a test."""
-    found: list[Any] = []
-    for backbone in names:
+def pairs(networks: list[str], quick: Callable[[str, str], bool]) -> Any:
+    """Parametrize a test by networks and methods; those that are not quick are marked slow."""
+    found = []
+    for backbone in networks:
         for method in METHODS:
-            quick = backbone in TRACED or not traced
-            quick &= backbone in VARIED or method not in VARIANTS
             marks = [pytest.mark.xdist_group(f"matrix-{backbone}")]
-            if slow or not quick:
+            if not quick(backbone, method):
                 marks.append(pytest.mark.slow)
             found.append(pytest.param((backbone, method), id=f"{backbone}-{method}", marks=marks))
-    return found
+    return pytest.mark.parametrize("pair", found)
 
 
-every_family = pytest.mark.parametrize("pair", pairs(REPRESENTATIVES))
-every_quick_learner = pytest.mark.parametrize(
-    "pair",
-    [
-        pair
-        for pair in pairs(REPRESENTATIVES)
-        if pair.values[0][0] != SLOW_LEARNER or "binary" not in pair.values[0][1]
-    ],
-)
-every_family_traced = pytest.mark.parametrize("pair", pairs(REPRESENTATIVES, traced=True))
-every_other_network = pytest.mark.parametrize(
-    "pair",
-    pairs([*(name for name in list_backbones() if name not in REPRESENTATIVES), *FORMS], slow=True),
+OTHERS = [name for name in list_backbones() if name not in REPRESENTATIVES] + FORMS
+every_family = pairs(REPRESENTATIVES, lambda backbone, method: backbone in VARIED)
+every_family_traced = pairs(REPRESENTATIVES, lambda backbone, method: backbone in TRACED)
+every_network = pairs(
+    REPRESENTATIVES + OTHERS,
+    lambda backbone, method: backbone in REPRESENTATIVES and method not in VARIANTS,
 )
 
 
@@ -174,8 +165,10 @@ def test_every_parameter_takes_part_in_the_output(pair: tuple[str, str]) -> None
         assert parameter.grad is not None and parameter.grad.count_nonzero() > 0, name
 
 
-@every_quick_learner
+@every_family
 def test_training_lowers_the_loss_on_its_batch(pair: tuple[str, str]) -> None:
+    if pair[0] == SLOW_LEARNER and "binary" in pair[1]:
+        pytest.skip("many blocks of nothing but signs do not learn eight images in a dozen steps")
     # Signs that flip make the loss of a binary network rise at times: some step has to lower it.
     model = build(*pair)
     images, labels = images_for(pair, 8), torch.arange(8)
@@ -282,7 +275,7 @@ class Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("pair", pairs(list(VARIED)))
+@pairs(list(VARIED), lambda backbone, method: True)
 def test_a_training_step_never_waits_for_the_device(pair: tuple[str, str]) -> None:
     # Operators whose result, or its shape, the host has to know before it can go on.
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
@@ -334,7 +327,7 @@ def test_the_profile_accounts_for_every_parameter(pair: tuple[str, str]) -> None
     assert (result.stored_bytes < result.float32_bytes) == (pair[1] != "float")
 
 
-@every_other_network
+@every_network
 def test_every_network_trains_and_folds(pair: tuple[str, str]) -> None:
     model = build(*pair)
     loss = nn.functional.cross_entropy(model(images_for(pair, 4)), torch.arange(4))
