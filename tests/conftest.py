@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.command_line import CommandLine
 
@@ -17,12 +19,22 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that start clusters and servers on one worker, so that they do not compete."""
-    for item in items:
-        if item.path.parent.name in ("integration", "drills"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+class Scheduling(LoadScopeScheduling):
+    """Spreads test files over two processes, and the matrix by network.
+
+    Tests that start clusters and servers stay on one process, so that they do not compete.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, identifier = nodeid.partition("[")
+        folder = path.split("/")[1]
+        if folder in ("integration", "drills"):
+            return "processes"
+        return identifier.partition("-")[0] if folder == "matrix" else path.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

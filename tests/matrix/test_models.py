@@ -109,9 +109,7 @@ def pairs(networks: list[str], quick: Callable[[str, str], bool]) -> Any:
     found = []
     for backbone in networks:
         for method in METHODS:
-            marks = [pytest.mark.xdist_group(f"matrix-{backbone}")]
-            if not quick(backbone, method):
-                marks.append(pytest.mark.slow)
+            marks = () if quick(backbone, method) else pytest.mark.slow
             found.append(pytest.param((backbone, method), id=f"{backbone}-{method}", marks=marks))
     return pytest.mark.parametrize("pair", found)
 
@@ -350,7 +348,6 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.xdist_group("matrix-lenet5")
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     ("backbone", "method"),
