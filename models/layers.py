@@ -10,9 +10,8 @@ from torch.nn import functional
 
 from models.calls import ModelError
 from models.masks import WeightMask
-from models.quantizers import WeightQuantizer
+from models.quantizers import LearnsScales, WeightQuantizer
 from models.storage import Storage
-from models.ternary_quantizers import TrainedTernaryQuantizer
 
 PlainLayer = nn.Conv2d | nn.Linear
 NewLayer = TypeVar("NewLayer", bound=nn.Conv2d | nn.Linear)
@@ -145,7 +144,7 @@ class CompressedLayer(nn.Module):
         if self.mask is not None and not self.weight.is_meta:
             self.mask.to(self.weight.device)  # a weight that was assigned may lie elsewhere
         scales = f"{prefix}weight_quantizer."
-        if isinstance(self.weight_quantizer, TrainedTernaryQuantizer) and not any(
+        if isinstance(self.weight_quantizer, LearnsScales) and not any(
             key.startswith(scales) for key in state_dict
         ):
             # Submodules are loaded after this layer, from the same mapping.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class WeightQuantizer(Protocol):
         A latent weight under a mask is zero. The mask tells statistics what to leave out; a
         quantizer need not mask its result.
         """
+
+
+@runtime_checkable
+class LearnsScales(WeightQuantizer, Protocol):
+    """A quantizer, a module, whose scales are parameters and start from a weight."""
+
+    def initial_scales(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the scales to start with, by the names of the parameters."""
 
 
 def at_least_single(values: Tensor) -> Tensor:

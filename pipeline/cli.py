@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from pipeline.config import (
     Experiment,
@@ -21,9 +21,6 @@ from pipeline.config import (
 )
 from pipeline.describe import console, describe, dry_run, list_parts
 from pipeline.experiments import check_parts, load_experiment
-
-if TYPE_CHECKING:
-    pass
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
 _EPILOG = """\

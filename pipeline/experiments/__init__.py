@@ -84,5 +84,5 @@ def _from_grammar(name: str) -> Experiment:
         )
         check_parts(experiment)
     except PipelineError as error:
-        raise PipelineError(f"unknown experiment {name!r}: {error}") from None
+        raise PipelineError(f"cannot make experiment {name!r}: {error}") from None
     return experiment

@@ -104,11 +104,15 @@ def representatives() -> list[str]:
 REPRESENTATIVES = representatives()
 
 
-def pairs(networks: list[str], quick: Callable[[str, str], bool]) -> Any:
-    """Parametrize a test by networks and methods; those that are not quick are marked slow."""
+def pairs(
+    networks: list[str],
+    quick: Callable[[str, str], bool],
+    fits: Callable[[str, str], bool] = lambda backbone, method: True,
+) -> Any:
+    """Parametrize a test by networks and methods that fit; those not quick are marked slow."""
     found = []
     for backbone in networks:
-        for method in METHODS:
+        for method in (method for method in METHODS if fits(backbone, method)):
             marks = () if quick(backbone, method) else pytest.mark.slow
             found.append(pytest.param((backbone, method), id=f"{backbone}-{method}", marks=marks))
     return pytest.mark.parametrize("pair", found)
@@ -116,6 +120,11 @@ def pairs(networks: list[str], quick: Callable[[str, str], bool]) -> Any:
 
 OTHERS = [name for name in list_backbones() if name not in REPRESENTATIVES] + FORMS
 every_family = pairs(REPRESENTATIVES, lambda backbone, method: backbone in VARIED)
+every_learner = pairs(
+    REPRESENTATIVES,
+    lambda backbone, method: backbone in VARIED,
+    lambda backbone, method: backbone != SLOW_LEARNER or "binary" not in method,
+)
 every_family_traced = pairs(REPRESENTATIVES, lambda backbone, method: backbone in TRACED)
 every_network = pairs(
     REPRESENTATIVES + OTHERS,
@@ -163,10 +172,8 @@ def test_every_parameter_takes_part_in_the_output(pair: tuple[str, str]) -> None
         assert parameter.grad is not None and parameter.grad.count_nonzero() > 0, name
 
 
-@every_family
+@every_learner
 def test_training_lowers_the_loss_on_its_batch(pair: tuple[str, str]) -> None:
-    if pair[0] == SLOW_LEARNER and "binary" in pair[1]:
-        pytest.skip("many blocks of nothing but signs do not learn eight images in a dozen steps")
     # Signs that flip make the loss of a binary network rise at times: some step has to lower it.
     model = build(*pair)
     images, labels = images_for(pair, 8), torch.arange(8)
@@ -219,16 +226,18 @@ def test_a_float_checkpoint_loads_into_every_layer_that_is_still_there(
 
 @every_family
 def test_pickle_deepcopy_and_fold_keep_the_outputs(pair: tuple[str, str]) -> None:
-    model = settle(build(*pair), images_for(pair, 4))
+    model = settle(build(*pair).double(), images_for(pair, 4).double())
     folded = fold(model)
     assert quantized_layers(folded) == []
-    images = images_for(pair, 3)
+    images = images_for(pair, 3).double()
     with torch.no_grad():
         expected = model(images)
         assert torch.equal(pickle.loads(pickle.dumps(model))(images), expected)
         assert torch.equal(copy.deepcopy(model)(images), expected)
-        tolerance = 1e-4 * expected.abs().max().item()
-        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=tolerance)
+        if "step" not in pair[1]:  # whose banks and mixes fold into one convolution
+            assert torch.equal(folded(images), expected)
+        tolerance = 1e-9 * expected.abs().max().item()
+        torch.testing.assert_close(folded(images), expected, rtol=1e-9, atol=tolerance)
 
 
 @every_family_traced
@@ -302,16 +311,16 @@ def test_channels_last_gives_the_same_logits(pair: tuple[str, str]) -> None:
 
 @every_family_traced
 def test_the_folded_network_exports_and_takes_any_batch(pair: tuple[str, str]) -> None:
-    model = fold(settle(build(*pair), images_for(pair, 4)))
+    model = fold(settle(build(*pair).double(), images_for(pair, 4).double()))
     dynamic = ({0: torch.export.Dim("batch_size")},)
-    program = torch.export.export(model, (images_for(pair, 2),), dynamic_shapes=dynamic)
+    program = torch.export.export(model, (images_for(pair, 2).double(),), dynamic_shapes=dynamic)
     exported = program.module()
     with torch.no_grad():
         for size in (1, 2, 7):
-            images = images_for(pair, size)
+            images = images_for(pair, size).double()
             expected = model(images)
-            tolerance = 1e-4 * expected.abs().max().item()
-            torch.testing.assert_close(exported(images), expected, rtol=1e-3, atol=tolerance)
+            tolerance = 1e-9 * expected.abs().max().item()
+            torch.testing.assert_close(exported(images), expected, rtol=1e-9, atol=tolerance)
 
 
 @every_family
