@@ -1,82 +1,216 @@
-"""Readers: from raw files, or from an installed package, to plain arrays. One per raw layout."""
+"""Where the raw images of a data set are, in whatever form: found, checked, listed, not decoded."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import http.client
-import io
+import hashlib
 import os
-import shutil
-import socket
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch.nn import functional as F
 
-from data_prep.datasets import DataError, Dataset
+from data_prep.arrays import read_cifar, read_digits, read_mnist, read_svhn
+from data_prep.class_folders import read_class_folders, read_tinyimagenet
+from data_prep.datasets import DataError, Dataset, one_line_for_os_errors
+from data_prep.imagenet import read_imagenet
+from data_prep.splits import (
+    ArraySplit,
+    EncodedSplit,
+    FileSplit,
+    Integers,
+    Progress,
+    Raw,
+    Source,
+    TarSplit,
+    ZipSplit,
+)
 
-#: Seconds that a silent server is waited for.
-_NETWORK_TIMEOUT = 20.0
+__all__ = [
+    "READERS",
+    "ArraySplit",
+    "EncodedSplit",
+    "FileSplit",
+    "Progress",
+    "Raw",
+    "TarSplit",
+    "ZipSplit",
+    "describe_place",
+    "generate",
+    "listing_digest",
+    "look",
+    "open_raw",
+    "raw_place",
+]
 
-#: MD5 of MNIST's files once unpacked; those of the packed ones are torchvision's.
-_UNPACKED_MNIST = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+READERS: dict[str, Callable[[Source], Raw]] = {
+    "digits": read_digits,
+    "mnist": read_mnist,
+    "cifar": read_cifar,
+    "svhn": read_svhn,
+    "tinyimagenet": read_tinyimagenet,
+    "class_folders": read_class_folders,
+    "imagenet": read_imagenet,
 }
 
 
-class Split(NamedTuple):
-    """Images, uint8 (N, H, W, C), and labels, int64 (N,), of one split."""
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-
-
-def data_root(root: Path | None) -> Path:
-    """Folder of raw data sets: as given, else TERNFORGE_DATA, else ``data``."""
-    return root or Path(os.environ.get("TERNFORGE_DATA") or "data")
-
-
-def read(dataset: Dataset, root: Path | None, scratch: Path) -> dict[str, Split]:
-    """Read all splits of a data set at the size that its row states.
+def raw_place(dataset: Dataset, root: Path | None, raw: Path | None) -> Path:
+    """Where the raw files of a data set are looked for.
 
     Args:
         dataset: the row.
-        root: folder of raw data sets, see ``data_root``; never written to, but for a download.
-        scratch: an existing, empty folder for unpacked files.
+        root: folder of raw data sets; None for TERNFORGE_DATA, or else ``data``.
+        raw: the files of this data set, a folder or an archive; goes before ``root``.
 
     Raises:
-        DataError: when raw files are missing and cannot be downloaded, or are not what they
-            should be.
+        DataError: when ``raw`` does not exist.
     """
-    splits = READERS[dataset.reader](dataset, data_root(root) / dataset.name, scratch)
-    for name, count in dataset.counts.items():
-        labels = splits[name].labels
-        if len(labels) != count or len(splits[name].images) != count:
-            raise DataError(
-                f"{dataset.name}: the {name} split has {len(splits[name].images)} images and "
-                f"{len(labels)} labels instead of {count}"
-            )
-        if labels.min() < 0 or labels.max() >= len(dataset.class_names):
-            raise DataError(
-                f"{dataset.name}: the {name} split has labels from {labels.min()} to "
-                f"{labels.max()}, not from 0 to {len(dataset.class_names) - 1}"
-            )
-    return {
-        name: Split(_resized(splits[name].images, dataset.image_size), splits[name].labels)
-        for name in dataset.counts
-    }
+    if raw is None:
+        return (root or Path(os.environ.get("TERNFORGE_DATA") or "data")) / dataset.name
+    if not raw.exists():
+        raise DataError(f"data.raw: {raw} does not exist: {dataset.name} wants {dataset.raw}")
+    return raw
 
 
-def generate(dataset: Dataset, counts: tuple[int, int]) -> dict[str, Split]:
+def describe_place(dataset: Dataset, place: Path) -> str:
+    """Where the images will come from, for people."""
+    if dataset.reader == "digits":
+        return "an installed package"
+    there = place.is_file() or (place.is_dir() and any(place.iterdir()))
+    if there or not dataset.downloads:
+        return str(place)
+    size = sum(download.bytes for download in dataset.downloads)
+    return f"a download{f' of {size / 1e6:,.0f} MB' if size else ''} to {place}"
+
+
+def open_raw(
+    dataset: Dataset,
+    place: Path,
+    scratch: Path,
+    *,
+    check_raw: bool = True,
+    max_per_class: int | None = None,
+    tell: Progress,
+) -> Raw:
+    """Find the images of a data set and their labels; files that are missing are downloaded.
+
+    Args:
+        dataset: the row.
+        place: as ``raw_place`` gives it; never written to, but for a download.
+        scratch: an existing, empty folder for unpacked files.
+        check_raw: compare files with the published checksums and counts, where there are any.
+        max_per_class: take the first so many images of each class, by name.
+        tell: progress.
+
+    Raises:
+        DataError: one line, when files are missing, are not what they should be, or cannot be
+            read.
+    """
+    if max_per_class is not None and max_per_class < 1:
+        raise DataError(f"max_per_class={max_per_class}: at least 1 image of each class is needed")
+    with one_line_for_os_errors(f"cannot read {dataset.name}", place):
+        raw = READERS[dataset.reader](Source(dataset, place, scratch, check_raw, tell))
+    notes = list(raw.notes)
+    for name, split in raw.splits.items():
+        _check_labels(dataset, place, name, split.labels, len(raw.class_names))
+        notes += _compare_count(dataset, name, split, check_raw)
+        missing = sorted(set(range(len(raw.class_ids))) - set(split.labels.tolist()))
+        if missing:
+            example = raw.class_ids[missing[0]]
+            notes.append(f"no {name} images of {len(missing):,} classes, such as {example}")
+    splits = raw.splits
+    if max_per_class is not None:
+        splits = {
+            name: split.take(_first_of_each_class(split.labels, max_per_class))
+            for name, split in splits.items()
+        }
+        notes.append(f"at most {max_per_class:,} images of each class")
+    return replace(raw, splits=splits, notes=tuple(notes))
+
+
+def _check_labels(
+    dataset: Dataset, place: Path, split: str, labels: Integers, classes: int
+) -> None:
+    present = np.unique(labels)
+    if len(present) < 2:
+        found = "images of one class only" if len(present) else "no images"
+        raise DataError(
+            f"{place}: the {split} split of {dataset.name} has {found}: {dataset.name} wants "
+            f"{dataset.raw}"
+        )
+    if present[0] < 0 or present[-1] >= classes:
+        raise DataError(
+            f"{place}: the {split} split of {dataset.name} has labels from {present[0]} to "
+            f"{present[-1]}, not from 0 to {classes - 1}"
+        )
+
+
+def _compare_count(
+    dataset: Dataset, name: str, split: ArraySplit | EncodedSplit, check_raw: bool
+) -> list[str]:
+    found, published = len(split), dataset.counts.get(name, len(split))
+    if found == published:
+        return []
+    if check_raw and isinstance(split, ArraySplit):
+        raise DataError(
+            f"{dataset.name}: the {name} split has {found:,} images instead of {published:,}; take "
+            "it as it is with data.check_raw=false"
+        )
+    return [f"{found:,} of the {published:,} {name} images of {dataset.name}"]
+
+
+def _first_of_each_class(labels: Integers, count: int) -> Integers:
+    """Positions, in rising order, of the first ``count`` labels of each kind."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels[order])
+    rank = np.arange(len(labels)) - starts
+    return np.sort(order[rank < count])
+
+
+def look(dataset: Dataset, place: Path) -> Dataset:
+    """The row with all that can be known of a user's own folder without opening an image.
+
+    Classes and counts of a row without them are those of the files; other rows come back as they
+    are.
+
+    Raises:
+        DataError: when the place does not have the layout that the row wants.
+    """
+    if dataset.classes is not None:
+        return dataset
+    with one_line_for_os_errors(f"cannot read {dataset.name}", place):
+        # Files of a row without classes are read in place: nothing needs a scratch folder.
+        raw = READERS[dataset.reader](Source(dataset, place, place, True, _silent))
+    counts = {name: len(split) for name, split in raw.splits.items()}
+    names = raw.class_names
+    return replace(dataset, classes=len(names), class_names=names, counts=counts)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def listing_digest(raw: Raw) -> str:
+    """SHA-256, 64 hex digits, of the names, labels and sizes of all files, which are not read.
+
+    Raises:
+        DataError: when a file cannot be looked at.
+        TypeError: when the images are arrays.
+    """
+    digest = hashlib.sha256(os.fsencode("\0".join(raw.class_ids)))
+    for name, split in sorted(raw.splits.items()):
+        if isinstance(split, ArraySplit):
+            raise TypeError(f"the {name} split is an array without files")
+        with one_line_for_os_errors("cannot list the images", split.place):
+            sizes = split.sizes()
+        digest.update(f"\0\0{name}\0{len(split)}\0".encode())
+        digest.update(os.fsencode("\0".join(split.names)))
+        digest.update(split.labels.astype("<i8").tobytes())
+        digest.update(sizes.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def generate(dataset: Dataset, counts: tuple[int, int]) -> dict[str, ArraySplit]:
     """Made-up images in the shape of a data set: a pattern for each class, under noise.
 
     A network learns them in a few steps, so that a smoke run can see its loss fall.
@@ -84,11 +218,16 @@ def generate(dataset: Dataset, counts: tuple[int, int]) -> dict[str, Split]:
     Args:
         dataset: the row whose shape and classes are taken.
         counts: images for training and for testing.
+
+    Raises:
+        DataError: for a row whose classes are not known yet.
     """
+    if dataset.classes is None:
+        raise DataError(f"{dataset.name} has no classes of its own: look at its images first")
     size, channels = dataset.image_size, dataset.channels
     splits = {}
     for name, count in zip(("train", "test"), counts, strict=True):
-        labels = np.arange(count, dtype=np.int64) % len(dataset.class_names)
+        labels = np.arange(count, dtype=np.int64) % dataset.classes
         random = np.random.RandomState(len(name))
         images = random.randint(0, 64, (count, size, size, channels), dtype=np.uint8)
         cell = -(-size // 4)
@@ -96,120 +235,5 @@ def generate(dataset: Dataset, counts: tuple[int, int]) -> dict[str, Split]:
             pattern = np.random.RandomState(label).randint(0, 2, (4, 4, channels)) * 191
             pattern = pattern.repeat(cell, axis=0).repeat(cell, axis=1)[:size, :size]
             images[labels == label] += pattern.astype(np.uint8)
-        splits[name] = Split(images, labels)
+        splits[name] = ArraySplit(images, labels, name)
     return splits
-
-
-def _resized(images: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    if images.shape[1:3] == (size, size):
-        return images
-    # Between whole factors all weights are powers of two: exact in float32 on every machine.
-    planes = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    planes = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)
-    return planes.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _read_digits(dataset: Dataset, folder: Path, scratch: Path) -> dict[str, Split]:
-    """The 8x8 digits of scikit-learn, 0..16 scaled to 0..255; a fifth of each class for tests."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("digits come with scikit-learn: pip install scikit-learn") from None
-    bunch = load_digits()
-    labels = bunch.target.astype(np.int64)
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
-    by_class = np.argsort(labels, kind="stable")
-    tested = np.zeros(len(labels), dtype=bool)
-    tested[by_class[::5]] = True
-    return {
-        "train": Split(images[~tested], labels[~tested]),
-        "test": Split(images[tested], labels[tested]),
-    }
-
-
-def _read_mnist(dataset: Dataset, folder: Path, scratch: Path) -> dict[str, Split]:
-    """The four files of MNIST, unpacked or as .gz, in torchvision's folder layout."""
-    from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import check_integrity
-
-    staged = scratch / "MNIST" / "raw"
-    staged.mkdir(parents=True)
-    for name, md5 in MNIST.resources:
-        packed = folder / "MNIST" / "raw" / name
-        unpacked = packed.with_suffix("")
-        if packed.is_file():
-            if not check_integrity(packed, md5):
-                raise DataError(f"{packed} is damaged (its MD5 is not {md5}): replace the file")
-        elif unpacked.is_file():
-            md5 = _UNPACKED_MNIST[unpacked.name]
-            if not check_integrity(unpacked, md5):
-                raise DataError(f"{unpacked} is damaged (its MD5 is not {md5}): replace the file")
-            (staged / unpacked.name).symlink_to(unpacked.resolve())
-            continue
-        else:
-            urls = [mirror + name for mirror in MNIST.mirrors]
-            _download(dataset, folder, packed, urls, md5, scratch)
-        with gzip.open(packed) as source, (staged / unpacked.name).open("wb") as target:
-            shutil.copyfileobj(source, target)
-    splits = {}
-    for split in ("train", "test"):
-        read_split = MNIST(scratch, train=split == "train")
-        splits[split] = Split(
-            read_split.data.numpy()[..., np.newaxis], read_split.targets.numpy().astype(np.int64)
-        )
-    return splits
-
-
-def _download(
-    dataset: Dataset, folder: Path, target: Path, urls: list[str], md5: str, scratch: Path
-) -> None:
-    """Fetch a raw file to ``target``, which appears only when it is whole."""
-    from torchvision.datasets.utils import download_url
-
-    reason = ""
-    for url in urls:
-        try:
-            with _impatient_network(), contextlib.redirect_stderr(io.StringIO()):
-                download_url(url, scratch, target.name, md5)
-            break
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            message = str(getattr(error, "reason", error)) or type(error).__name__
-            reason = message.splitlines()[0]
-    else:
-        raise DataError(
-            f"no {target.name} in {target.parent}, and it cannot be downloaded ({reason}): put "
-            f"{', '.join(dataset.raw_files)} into {folder}, or point data.root or TERNFORGE_DATA "
-            f"to the folder that holds {dataset.name}/"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _place(scratch / target.name, target)
-
-
-def _place(source: Path, target: Path) -> None:
-    """Copy a file in one step; others may place the same file at the same time."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with source.open("rb") as original, partial.open("xb") as copy:
-            shutil.copyfileobj(original, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _impatient_network() -> Iterator[None]:
-    """A time-out for torchvision's downloads, which set none."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_NETWORK_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-READERS: dict[str, Callable[[Dataset, Path, Path], dict[str, Split]]] = {
-    "digits": _read_digits,
-    "mnist": _read_mnist,
-}
