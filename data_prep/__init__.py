@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_prep.augment import Augmentation as Augmentation
+    from data_prep.augment import CentralCrop as CentralCrop
+    from data_prep.augment import Resolution as Resolution
+    from data_prep.augment import View as View
     from data_prep.convert import Plan as Plan
     from data_prep.convert import plan as plan
     from data_prep.convert import prepare as prepare
@@ -19,23 +22,34 @@ if TYPE_CHECKING:
     from data_prep.datasets import Dataset as Dataset
     from data_prep.datasets import get_dataset as get_dataset
     from data_prep.loaders import Loader as Loader
+    from data_prep.loaders import Reading as Reading
     from data_prep.loaders import make_loader as make_loader
     from data_prep.manifest import Manifest as Manifest
     from data_prep.manifest import ffcv_available as ffcv_available
+    from data_prep.readers import choose_cache as choose_cache
+    from data_prep.sources import look as look
+    from data_prep.sources import raw_place as raw_place
 
 _HOME = {
     "Augmentation": "augment",
+    "CentralCrop": "augment",
     "DATASETS": "datasets",
     "DataError": "datasets",
     "Dataset": "datasets",
     "Loader": "loaders",
     "Manifest": "manifest",
     "Plan": "convert",
+    "Reading": "loaders",
+    "Resolution": "augment",
+    "View": "augment",
+    "choose_cache": "readers",
     "ffcv_available": "manifest",
     "get_dataset": "datasets",
+    "look": "sources",
     "make_loader": "loaders",
     "plan": "convert",
     "prepare": "convert",
+    "raw_place": "sources",
 }
 
 __all__ = list(_HOME)

@@ -1,11 +1,31 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
 
-from data_prep.augment import Augmentation, Draw, _mix, epoch_order, random_bits
+from data_prep.augment import (
+    Augmentation,
+    CentralCrop,
+    Draw,
+    Geometry,
+    Resolution,
+    _mix,
+    epoch_order,
+    random_bits,
+)
 
-RANDOM = np.random.RandomState(0)
+
+def shapes(count: int, height: int = 6, width: int = 7) -> np.ndarray:
+    return np.tile(np.array([height, width], dtype=np.int32), (count, 1))
+
+
+def same(first: Geometry, second: Geometry) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_hash_gives_the_published_outputs_of_splitmix64() -> None:
@@ -42,6 +62,9 @@ def test_streams_are_not_correlated() -> None:
             (Draw.FLIP, 0, 1),
             (Draw.FLIP, 1, 0),
             (Draw.SHIFT, 1, 0),
+            (Draw.WINDOW_PLACE, 0, 0),
+            (Draw.WINDOW_SHAPE, 0, 0),
+            (Draw.WINDOW_SHAPE + 1, 0, 0),
         ]
     ]
     correlation = np.corrcoef(np.stack(streams)) - np.eye(len(streams))
@@ -49,61 +72,116 @@ def test_streams_are_not_correlated() -> None:
     assert all(abs(stream.mean() - 0.5) < 0.012 for stream in streams)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_shift_is_one_of_all_crops_of_the_padded_image_each_equally_often(channels: int) -> None:
-    images = RANDOM.randint(1, 256, (5000, 6, 7, channels)).astype(np.uint8)
-    shifted = Augmentation(shift=2).apply(images, np.arange(5000), seed=1, epoch=2)
-    assert shifted.shape == images.shape and shifted.dtype == np.uint8
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+def test_shifts_are_all_distances_each_equally_often() -> None:
+    geometry = Augmentation(shift=2).geometry(np.arange(5000), shapes(5000), seed=1, epoch=2)
     places = np.zeros((5, 5), dtype=int)
-    for top in range(5):
-        for left in range(5):
-            crop = padded[:, top : top + 6, left : left + 7]
-            places[top, left] = (crop == shifted).all(axis=(1, 2, 3)).sum()
-    assert places.sum() == 5000
+    np.add.at(places, (geometry.moves[:, 0] + 2, geometry.moves[:, 1] + 2), 1)
     # Chi-square with 24 degrees of freedom passes 51.2 once in 1,000.
     assert ((places - 200) ** 2 / 200).sum() < 51
+    assert geometry.windows.tolist() == [[0, 0, 6, 7]] * 5000
 
 
-def test_flip_mirrors_half_of_the_images_and_keeps_the_input() -> None:
-    images = RANDOM.randint(0, 256, (2000, 4, 5, 1)).astype(np.uint8)
-    before = images.copy()
-    flipped = Augmentation(flip=True).apply(images, np.arange(2000), seed=0, epoch=0)
-    mirrored = (flipped == before[:, :, ::-1]).all(axis=(1, 2, 3))
-    assert (mirrored | (flipped == before).all(axis=(1, 2, 3))).all()
-    assert 900 < mirrored.sum() < 1100
-    assert np.array_equal(images, before)
+def test_half_of_the_images_are_mirrored() -> None:
+    geometry = Augmentation(flip=True).geometry(np.arange(2000), shapes(2000), seed=0, epoch=0)
+    assert set(geometry.moves[:, 2].tolist()) == {0, 1}
+    assert 900 < geometry.moves[:, 2].sum() < 1100
+    assert not geometry.moves[:, :2].any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 333), (64, 64)])
+def test_random_windows_are_distributed_as_those_of_torchvision(height: int, width: int) -> None:
+    count, area, ratio = 4000, (0.08, 1.0), (3 / 4, 4 / 3)
+    view = Augmentation(crop_area=area, crop_ratio=ratio)
+    ours = view.geometry(np.arange(count), shapes(count, height, width), 5, 3).windows
+    torch.manual_seed(0)
+    image = torch.empty(1, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(area), list(ratio)) for _ in range(count)]
+    )
+    for measure in (
+        lambda w: w[:, 2] * w[:, 3],
+        lambda w: w[:, 3] / w[:, 2],
+        lambda w: w[:, 0],
+        lambda w: w[:, 1],
+        lambda w: w[:, 0] / (height - w[:, 2] + 1) + w[:, 1] / (width - w[:, 3] + 1),
+    ):
+        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 0.001
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 900), (900, 20), (1, 1), (1, 50)])
+def test_where_no_window_fits_it_is_the_central_one_of_torchvision(height: int, width: int) -> None:
+    view = Augmentation(crop_area=(0.99, 1.0))
+    windows = view.geometry(np.arange(50), shapes(50, height, width), 0, 0).windows
+    image = torch.empty(1, height, width)
+    expected = {RandomResizedCrop.get_params(image, [0.99, 1.0], [3 / 4, 4 / 3]) for _ in range(50)}
+    assert {tuple(window) for window in windows.tolist()} == expected
 
 
 def test_an_image_is_augmented_the_same_in_any_batch_and_differently_in_another_epoch() -> None:
-    images = RANDOM.randint(0, 256, (64, 8, 8, 1)).astype(np.uint8)
-    indices = RANDOM.permutation(1000)[:64]
-    augmentation = Augmentation(shift=2, flip=True)
-    together = augmentation.apply(images, indices, seed=7, epoch=3)
+    indices = np.random.RandomState(0).permutation(1000)[:64]
+    view = Augmentation(shift=2, flip=True, crop_area=(0.3, 1.0))
+    sizes = shapes(64, 40, 50)
+    together = view.geometry(indices, sizes, seed=7, epoch=3)
     for place in (0, 13, 63):
-        alone = augmentation.apply(images[[place]], indices[[place]], seed=7, epoch=3)
-        assert np.array_equal(alone[0], together[place])
-    other = augmentation.apply(images, indices, seed=7, epoch=4)
-    assert (other == together).all(axis=(1, 2, 3)).mean() < 0.2
+        alone = view.geometry(indices[[place]], sizes[[place]], seed=7, epoch=3)
+        assert np.array_equal(alone.windows[0], together.windows[place])
+        assert np.array_equal(alone.moves[0], together.moves[place])
+    for other in (view.geometry(indices, sizes, 7, 4), view.geometry(indices, sizes, 8, 3)):
+        assert (other.windows == together.windows).all(axis=1).mean() < 0.1
+        assert (other.moves == together.moves).all(axis=1).mean() < 0.2
 
 
-def test_augmentation_depends_on_the_seed() -> None:
-    images = RANDOM.randint(0, 256, (64, 8, 8, 1)).astype(np.uint8)
-    for augmentation in (Augmentation(shift=2), Augmentation(flip=True)):
-        one, other = (augmentation.apply(images, np.arange(64), seed, epoch=3) for seed in (7, 8))
-        assert (one == other).all(axis=(1, 2, 3)).mean() < 0.8
+@pytest.mark.parametrize(("seed", "same_as"), [(-1, 2**64 - 1), (2**64 + 5, 5), (2**100 + 5, 5)])
+def test_any_whole_number_is_a_seed(seed: int, same_as: int) -> None:
+    assert np.array_equal(epoch_order(100, seed, epoch=0), epoch_order(100, same_as, epoch=0))
 
 
-@pytest.mark.parametrize(("seed", "same"), [(-1, 2**64 - 1), (2**64 + 5, 5), (2**100 + 5, 5)])
-def test_any_whole_number_is_a_seed(seed: int, same: int) -> None:
-    assert np.array_equal(epoch_order(100, seed, epoch=0), epoch_order(100, same, epoch=0))
+def test_without_augmentation_the_whole_image_is_seen_as_it_is() -> None:
+    plain = Augmentation().geometry(np.arange(3), shapes(3), seed=0, epoch=0)
+    assert plain.windows.tolist() == [[0, 0, 6, 7]] * 3 and not plain.moves.any()
+    assert same(plain, CentralCrop().geometry(np.arange(3), shapes(3), seed=1, epoch=1))
 
 
-def test_no_augmentation_changes_nothing() -> None:
-    images = RANDOM.randint(0, 256, (3, 4, 4, 1)).astype(np.uint8)
-    assert Augmentation().apply(images, np.arange(3), seed=0, epoch=0) is images
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 341), (500, 375), (30, 31)])
+def test_a_central_crop_is_that_of_resizing_to_256_and_cutting_224(height: int, width: int) -> None:
+    view = CentralCrop(224 / 256)
+    (window,) = view.geometry(np.arange(1), shapes(1, height, width), 0, 0).windows
+    top, left, tall, wide = window.tolist()
+    scale = min(height, width) / 256
+    assert tall == wide and abs(tall - 224 * scale) <= 0.5
+    assert math.isclose(top + tall / 2, height / 2, abs_tol=0.5)
+    assert math.isclose(left + wide / 2, width / 2, abs_tol=0.5)
 
 
-def test_a_negative_shift_is_refused() -> None:
-    with pytest.raises(ValueError, match="shift must be 0 or more pixels, not -1"):
-        Augmentation(shift=-1)
+def test_resolution_grows_in_multiples_of_32_between_two_epochs() -> None:
+    growth = Resolution(160, 192, (2, 8))
+    # The rule of ffcv-imagenet: linear interpolation, rounded to a multiple of 32.
+    expected = [round(float(np.interp(e, [2, 8], [160, 192])) / 32) * 32 for e in range(12)]
+    assert [growth.at(epoch) for epoch in range(12)] == expected
+    assert set(expected) == {160, 192}
+    assert [Resolution(100, 230, (0, 4)).at(epoch) for epoch in range(6)] == [
+        100,
+        128,
+        160,
+        192,
+        230,
+        230,
+    ]
+    assert Resolution(28, 28, (0, 0)).at(0) == 28
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": -1}, "shift must be 0 or more pixels, not -1"),
+        ({"crop_area": (0.0, 1.0)}, "crop_area must be two shares"),
+        ({"crop_area": (0.5, 0.2)}, "crop_area must be two shares"),
+        ({"crop_area": (0.5, 1.1)}, "crop_area must be two shares"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be two numbers"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)
