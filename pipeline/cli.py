@@ -11,16 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.config import (
-    Experiment,
-    PipelineError,
-    load_yaml,
-    nearest,
-    override,
-    without_effect,
-)
+from pipeline.config import Experiment, PipelineError, nearest
 from pipeline.describe import console, describe, dry_run, list_parts
-from pipeline.experiments import check_parts, load_experiment
+from pipeline.experiments import check_parts, data_only, load_experiment
+from pipeline.settings import load_yaml, override, parse_overrides, without_effect
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
 _EPILOG = """\
@@ -29,6 +23,7 @@ examples:
   python run.py --experiment mnist_lenet5 train.epochs=3 "method=ternary(expansion=4)"
   python run.py --describe mnist_lenet5_ternary --yaml > mine.yaml
   python run.py --config mine.yaml --dry-run
+  python run.py --prepare folder data.raw=~/pictures/birds
 
 A name is DATASET_BACKBONE[_METHOD]. Settings are those that --describe shows.
 """
@@ -59,6 +54,9 @@ def _parser() -> _Parser:
     what.add_argument("--experiment", metavar="NAME", help="an experiment of the catalog or any")
     what.add_argument("--config", metavar="FILE", type=Path, help="an experiment written as YAML")
     what.add_argument("settings", nargs="*", metavar="setting=value", help="train.epochs=3, ...")
+    what.add_argument(
+        "--prepare", metavar="DATASET", help="only prepare a data set, or an experiment's"
+    )
     how = parser.add_argument_group("how to run it")
     how.add_argument("--smoke", action="store_true", help="seconds: made-up images, two steps")
     how.add_argument(
@@ -75,6 +73,9 @@ def _parser() -> _Parser:
         "--list", nargs="?", const="*", metavar="GLOB", help="show experiments, networks, methods"
     )
     look.add_argument("--describe", metavar="NAME", help="settings, layers, bits, MACs, size")
+    look.add_argument(
+        "--inspect", metavar="DATASET", help="a picture of training batches, of an experiment too"
+    )
     look.add_argument("--yaml", action="store_true", help="with --describe: settings as YAML")
     look.add_argument("--help", "-h", action="store_true", help="show this text")
     return parser
@@ -137,6 +138,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise PipelineError("--resume runs; it does not go with --dry-run or --describe")
     if options.describe and options.dry_run:
         raise PipelineError("give one of --describe and --dry-run, not both")
+    if options.prepare or options.inspect:
+        _prepare(options)
+        return 0
     experiment = _experiment(options)
     if options.describe:
         describe(experiment, options.yaml)
@@ -165,6 +169,32 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     experiment = override(base, options.settings)
     check_parts(experiment)
     return experiment
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    """Prepare the data of a data set or an experiment; with ``--inspect`` draw its batches."""
+    others = ("prepare", "inspect", "experiment", "config", "describe", "dry_run", "resume")
+    named = [name for name in (*others, "smoke", "yaml") if getattr(options, name)]
+    if len(named) > 1:
+        raise PipelineError(f"--{named[0]} goes alone, not with --{named[1].replace('_', '-')}")
+    experiment = override(data_only(options.prepare or options.inspect), options.settings)
+    idle = [key for key in parse_overrides(options.settings) if not key.startswith("data.")]
+    if idle and options.prepare:
+        raise PipelineError(f"{idle[0]} has no effect on --prepare; its settings begin with data.")
+    from pipeline.contact_sheet import write_contact_sheet
+    from pipeline.display import Display
+    from pipeline.stages import check_data, prepare
+
+    with Display(console()) as display:
+        for line in without_effect(experiment, options.settings):
+            display.note(line)
+        manifest = prepare(experiment, check_data(experiment), display)
+        if options.inspect:
+            path = experiment.tracking.runs / "inspect" / f"{options.inspect}.png"
+            write_contact_sheet(experiment, manifest, path)
+            display.stage("inspect", str(path.absolute()))
+        else:
+            display.stage("files", f"{manifest.bytes / 1e6:,.0f} MB in {manifest.folder}")
 
 
 def smoke(experiment: Experiment) -> Experiment:

@@ -1,4 +1,4 @@
-"""What a run is made of: the Experiment, its parts, and the one override syntax ``a.b=value``.
+"""What a run is made of: the Experiment and its parts.
 
 Everything here is frozen and plain data, so that an Experiment can be hashed, written as YAML,
 shipped through Ray and logged by MLflow. No torch, Ray, FFCV or MLflow is imported.
@@ -6,7 +6,6 @@ shipped through Ray and logged by MLflow. No torch, Ray, FFCV or MLflow is impor
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -24,14 +23,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from data_prep.datasets import get_dataset
+from data_prep.datasets import NORMALIZATIONS
 
 
 class PipelineError(Exception):
@@ -44,6 +42,15 @@ class PipelineError(Exception):
 
     exit_code = 2
     run: str | None = None
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint, ``; did you mean X?``, or all the choices where none is near."""
+    options = list(choices)
+    found = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    if found:
+        return f"; did you mean {' or '.join(found)}?"
+    return f"; valid are {', '.join(options)}" if len(options) <= 30 else ""
 
 
 #: A folder of the user's; ``~`` is the home folder, as in a shell.
@@ -84,8 +91,30 @@ class Recipe(Section):
     milestones: tuple[PositiveFloat, ...] = Field((), description="of multistep, in epochs")
     gamma: PositiveFloat = Field(0.1, description="of multistep: factor at each milestone")
     label_smoothing: NonNegativeFloat = Field(0.0, lt=1, description="of the cross-entropy")
+    normalization: str = Field(
+        "dataset", description="of pixels, by name; dataset: as the data set is known for"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="height and width of images in pixels; none: the data set's"
+    )
+    first_image_size: PositiveInt | None = Field(
+        None, description="of the first epochs, growing to image_size; none: no growth"
+    )
+    growth_epochs: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
+        (0.0, 0.0), description="between which image_size grows in multiples of 32"
+    )
     shift: NonNegativeInt = Field(0, description="augmentation: random shift, in pixels")
+    padding: Literal["black", "edge"] = Field("black", description="what a shift moves in")
     flip: bool = Field(False, description="augmentation: random horizontal flip")
+    crop_area: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        None, description="augmentation: random window, share of the area; none: the whole image"
+    )
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field(
+        (3 / 4, 4 / 3), description="of that window: width over height"
+    )
+    test_crop: PositiveFloat | None = Field(
+        None, le=1, description="central square, share of the shorter side; none: whole image"
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
 
     @model_validator(mode="after")
@@ -107,16 +136,70 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sensible_images(self) -> Recipe:
+        if self.normalization not in ("dataset", *NORMALIZATIONS):
+            known = nearest(self.normalization, ["dataset", *NORMALIZATIONS])
+            raise ValueError(f"unknown train.normalization={self.normalization!r}{known}")
+        if self.crop_area is not None and not self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(
+                f"train.crop_area={list(self.crop_area)} must be two shares that rise to at most "
+                "1, as [0.08,1]"
+            )
+        if self.crop_ratio[0] > self.crop_ratio[1]:
+            raise ValueError(f"train.crop_ratio={list(self.crop_ratio)} must rise")
+        begin, end = self.growth_epochs
+        if self.first_image_size is not None and not begin < end <= self.epochs:
+            raise ValueError(
+                f"train.growth_epochs={[begin, end]} must rise and end by "
+                f"train.epochs={self.epochs}"
+            )
+        return self
+
 
 class Data(Section):
-    """Where images come from and where their prepared form is kept."""
+    """Where images come from, how they are kept prepared, and how they are read."""
 
     root: Folder | None = Field(
-        None, description="raw data sets; none: TERNFORGE_DATA, else ./data"
+        None, description="raw data sets, a folder each; none: TERNFORGE_DATA, else ./data"
+    )
+    raw: Folder | None = Field(
+        None, description="this data set's folder, zip or tar; none: its folder below root"
+    )
+    check_raw: bool = Field(True, description="compare raw files with their published checksums")
+    max_per_class: PositiveInt | None = Field(
+        None, description="images of each class and split; none: all"
+    )
+    bad_share: NonNegativeFloat = Field(
+        0.001, le=1, description="of a split's images that may be set aside as unreadable"
     )
     prepared: Folder = Field(Path("prepared"), description="folder of verified, prepared data")
+    location: Literal["shared", "node"] = Field(
+        "shared", description="prepared folder: one for all nodes of a cluster, or one on each"
+    )
+    side: PositiveInt | None = Field(
+        None, le=65_535, description="longer side kept, in pixels; none: the data set's default"
+    )
+    format: Literal["jpg", "raw", "mixed"] | None = Field(
+        None, description="of prepared images; none: the data set's default"
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="of prepared JPEGs; none: the data set's default"
+    )
+    passthrough: bool | None = Field(
+        None, description="keep fitting JPEGs byte for byte; none: the data set's default"
+    )
+    processes: PositiveInt | None = Field(
+        None, description="that prepare images; none: one per core"
+    )
     backend: Literal["auto", "ffcv", "torch"] = Field(
         "auto", description="reader; auto: ffcv where it is installed"
+    )
+    threads: PositiveInt | None = Field(
+        None, description="that read images, per worker; none: 1, with GPUs the cores they leave"
+    )
+    cache: Literal["auto", "page", "process"] = Field(
+        "auto", description="of prepared files; auto: page where memory holds the file"
     )
     synthetic: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="made-up images (train, test) in place of the data set"
@@ -205,177 +288,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def setting_fields() -> dict[str, Any]:
-    """Every key that an override can set, with its pydantic field, in the order of the classes."""
-    fields: dict[str, Any] = {}
-    for key, field in Experiment.model_fields.items():
-        if key in ("name", "reference"):
-            continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            for inner, inner_field in field.annotation.model_fields.items():
-                fields[f"{key}.{inner}"] = inner_field
-        else:
-            fields[key] = field
-    return fields
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint, ``; did you mean X?``, or all the choices where none is near."""
-    options = list(choices)
-    found = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
-    if found:
-        return f"; did you mean {' or '.join(found)}?"
-    return f"; valid are {', '.join(options)}" if len(options) <= 30 else ""
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Parse ``a.b=value`` words into dotted keys and YAML values.
-
-    Raises:
-        PipelineError: for a word without ``=``, an unknown key, or a value that is not YAML.
-    """
-    fields = setting_fields()
-    values: dict[str, Any] = {}
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise PipelineError(f"{word!r} is not an override; write key=value, as train.epochs=3")
-        if key not in fields:
-            group = [name for name in fields if name.startswith(f"{key}.")]
-            if group:
-                raise PipelineError(f"{key!r} is a group; set one of {', '.join(group)}")
-            hint = nearest(key, fields)
-            if "." not in key:
-                same = [name for name in fields if name.split(".")[-1] == key]
-                hint = f"; did you mean {' or '.join(same)}?" if same else hint
-            raise PipelineError(f"unknown setting {key!r}{hint}")
-        values[key] = _parse_value(key, text, fields[key].annotation)
-    return values
-
-
-def _parse_value(key: str, text: str, annotation: Any) -> Any:
-    if text in ("none", "null"):
-        return None
-    if annotation in (str, str | None, Folder, Path, Folder | None):
-        return text
-    # YAML 1.1 reads 010 as eight, 1:30 as ninety, and 1e-4 as text.
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = str(error).splitlines()[0]
-        raise PipelineError(f"{key}={text!r} is not a value: {problem}") from None
-    return text if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def build_experiment(values: Mapping[str, Any]) -> Experiment:
-    """Validate a nested mapping into an Experiment.
-
-    Raises:
-        PipelineError: one line with the first thing that is wrong and what would be right.
-    """
-    try:
-        return Experiment.model_validate(values)
-    except ValidationError as error:
-        raise PipelineError(_first_problem(error)) from None
-
-
-def override(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
-    """The experiment with ``a.b=value`` settings applied, validated as a whole."""
-    tree = experiment.model_dump()
-    for key, value in parse_overrides(overrides).items():
-        *groups, leaf = key.split(".")
-        branch = tree
-        for group in groups:
-            branch = branch[group]
-        if not groups and key != "seed" and branch[leaf] != value:
-            tree["reference"] = None  # another network: neither its recipe nor its figure holds
-        branch[leaf] = value
-    return build_experiment(tree)
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    # A union names its branches in the location; only the setting's own path helps the user.
-    path = [str(part) for part in problem["loc"]]
-    fields = setting_fields()
-    key = next((".".join(path[:n]) for n in (2, 1) if ".".join(path[:n]) in fields), ".".join(path))
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}{nearest(key, fields)}"
-    if problem["type"] == "missing":
-        return f"setting {key!r} is missing"
-    message = problem["msg"].replace("Input should be", "must be")
-    message = message.replace("String should match pattern", "must match")
-    return f"{key}={problem['input']!r} {message}"
-
-
-def load_yaml(path: Path) -> Experiment:
-    """Read an experiment that ``--describe NAME --yaml`` wrote.
-
-    Raises:
-        PipelineError: when the file is missing, is not YAML or does not describe an experiment.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise PipelineError(f"cannot read {path}: {reason}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, Mapping):
-        raise PipelineError(f"{path} holds no experiment; write one with --describe NAME --yaml")
-    try:
-        return build_experiment(values)
-    except PipelineError as error:
-        raise PipelineError(f"{path}: {error}") from None
-
-
-#: Recipe settings that act only with certain values of another one.
-_GOVERNED = {
-    "train.momentum": ("optimizer", "sgd"),
-    "train.nesterov": ("optimizer", "sgd"),
-    "train.milestones": ("schedule", "multistep"),
-    "train.gamma": ("schedule", "multistep"),
-}
-
-
-def _quantizes(method: str) -> bool:
-    """Whether a network under the method has latent weights. Imports torch."""
-    from models.methods import Kind, resolve_methods
-
-    return any(step.kind is Kind.QUANTIZER for step in resolve_methods(method))
-
-
-def without_effect(experiment: Experiment, overrides: Iterable[str]) -> list[str]:
-    """One line for each override that changes nothing, so that nobody tunes a dead setting."""
-    lines = []
-    for key in parse_overrides(overrides):
-        reason = None
-        if key in _GOVERNED:
-            governor, value = _GOVERNED[key]
-            current = getattr(experiment.train, governor)
-            if current != value:
-                reason = f"train.{governor}={current}"
-        elif key == "train.latent_weight_decay":
-            if not _quantizes(experiment.method):
-                reason = f"method={experiment.method}, which has no latent weights"
-        elif key in ("scaling.workers", "scaling.max_failures", "scaling.timeout"):
-            if experiment.scaling.launcher == "local":
-                reason = "scaling.launcher=local"
-        elif key in ("tracking.uri", "tracking.register_model"):
-            if not experiment.tracking.enabled:
-                reason = "tracking.enabled=false"
-        elif key == "data.root":
-            if experiment.data.synthetic:
-                reason = "data.synthetic"
-            elif not get_dataset(experiment.dataset).raw_files:
-                reason = f"dataset={experiment.dataset}, whose images are built in"
-        if reason is not None:
-            lines.append(f"{key} has no effect with {reason}")
-    return lines

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from models.registry import declared
-from pipeline.config import Experiment, PipelineError, flatten, nearest, without_effect
+from pipeline.config import Experiment, PipelineError, flatten, nearest
 from pipeline.experiments import catalog
+from pipeline.settings import without_effect
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -187,13 +188,12 @@ def _costs(profile: Profile) -> list[str]:
 
 
 def _profile(experiment: Experiment) -> Profile:
-    import data_prep
     import models
+    from pipeline.inputs import dataset_of, image_size
     from pipeline.loop import build_model
 
-    return models.profile(
-        build_model(experiment), data_prep.get_dataset(experiment.dataset).image_size
-    )
+    dataset = dataset_of(experiment)
+    return models.profile(build_model(experiment, dataset), image_size(experiment.train, dataset))
 
 
 def _changed_layers(profile: Profile) -> list[str]:
@@ -211,23 +211,24 @@ def _changed_layers(profile: Profile) -> list[str]:
 
 def dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
     """Print what a run would do. Writes nothing."""
-    from pipeline.stages import check, data_options, training_images
+    from pipeline.inputs import source_options, training_images
+    from pipeline.stages import check
 
-    check(experiment)
+    dataset = check(experiment)
     import data_prep
     import models
     from pipeline import launch
 
     lines = [("note", line) for line in without_effect(experiment, settings)]
     try:
-        plan = data_prep.plan(experiment.dataset, **data_options(experiment))
+        plan = data_prep.plan(dataset, **source_options(experiment))
     except data_prep.DataError as error:
         raise PipelineError(str(error)) from None
     files = ", ".join(f"{name} ({size:,} bytes)" for name, size in plan.files.items())
     how = "ready in" if plan.ready else f"would be made from {plan.source} in"
     lines.append(("prepare", f"{files} {how} {plan.folder}"))
     epochs, batch = experiment.train.epochs, experiment.train.batch_size
-    steps = training_images(experiment) // batch
+    steps = (training_images(experiment, dataset) or 0) // batch
     where = launch.device_description(launch.worker_count(experiment))
     total = f"{epochs * steps:,} in all, on {where}"
     lines.append(("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}"))

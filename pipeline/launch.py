@@ -8,39 +8,29 @@ import os
 import signal
 import socket
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep import DataError
-from models.calls import ModelError
+from pipeline import inputs
 from pipeline.board import Event, EventBoard
 from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, PipelineError
 from pipeline.context import RayTrainContext, TrainContext
+from pipeline.failures import (
+    TrainingError,
+    as_event,
+    cause,
+    first_line,
+    is_lost_worker,
+    ray_failure,
+    training_error,
+)
 from pipeline.loop import train
 
 if TYPE_CHECKING:
-    from data_prep import Manifest
-
-
-class TrainingError(PipelineError):
-    """The training itself failed.
-
-    Attributes:
-        transient: whether the same training may well succeed when it is continued.
-    """
-
-    exit_code = 1
-
-    def __init__(self, message: str, transient: bool = False) -> None:
-        super().__init__(message)
-        self.transient = transient
-
-
-#: Errors whose text is a line for the user; of any other the trace is kept in a file as well.
-_EXPLAINED_ERRORS = (FloatingPointError, DataError, ModelError, PipelineError)
+    from data_prep import Dataset, Manifest
 
 #: Seconds between two looks at the workers. Ray's own default of 2 s is paid by every epoch,
 #: because a report waits for the next look.
@@ -58,9 +48,6 @@ _WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-
-#: How Ray, and the collectives of the surviving workers, put it.
-_SIGNS_OF_A_LOST_WORKER = ("died unexpectedly", "actor died", "/gloo/", "NCCL", "CUDA error")
 
 _ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
@@ -141,12 +128,77 @@ def train_locally(
         store = checkpoint_store(experiment, manifest, folder)
         train(experiment, manifest, store, TrainContext(tell))
     except Exception as error:
-        raise _failure(_description(error), folder) from None
+        raise training_error(as_event(error), folder) from None
 
 
 def run_identity(experiment: Experiment, manifest: Manifest) -> str:
     """Hash of the experiment, the images and their normalization."""
     return experiment.identity(f"{manifest.fingerprint} {manifest.mean} {manifest.std}")
+
+
+def on_cluster(experiment: Experiment) -> bool:
+    """Whether the run joins a Ray cluster, which may have more machines than this one."""
+    return experiment.scaling.launcher == "ray" and "RAY_ADDRESS" in os.environ
+
+
+def prepare_on_nodes(
+    experiment: Experiment, dataset: Dataset, progress: Callable[[str, int, int], None]
+) -> Manifest:
+    """Prepare the data once on each machine of the cluster, at the same path on all of them.
+
+    Raises:
+        DataError: when a machine cannot, or has other images than the others.
+        TrainingError: when a machine is lost meanwhile.
+    """
+    with _ray_session(1) as ray:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        board = ray.remote(num_cpus=0)(EventBoard).remote()
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        task = ray.remote(num_cpus=1, max_retries=0)(_prepare_node)
+        running = {}
+        for node in nodes:
+            affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+            pinned = task.options(scheduling_strategy=affinity)
+            running[pinned.remote(experiment, dataset, node, board)] = node
+        done: dict[str, Manifest] = {}
+        state: dict[str, Event] = {}
+        while running:
+            finished, _ = ray.wait(list(running), timeout=_PATIENCE)
+            for event in ray.get(board.take.remote(0.0)):
+                state[event["node"]] = event
+                stage = f"{event['stage']}, {len(done)} of {len(nodes)} machines ready"
+                progress(stage, event["done"], event["total"])
+            for reference in finished:
+                done[running.pop(reference)] = _prepared(ray, reference)
+    manifests = list(done.values())
+    if len({manifest.fingerprint for manifest in manifests}) > 1:
+        raise DataError(
+            f"the machines of the cluster prepared different images in {manifests[0].folder}; give "
+            "all of them the same raw files and versions, or set data.location=shared"
+        )
+    return manifests[0]
+
+
+def _prepare_node(experiment: Experiment, dataset: Dataset, node: str, board: Any) -> Manifest:
+    """What each machine runs."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        event = {"node": node, "stage": stage, "done": done, "total": total}
+        board.post.remote({"kind": "prepare", **event})
+
+    return inputs.prepare(experiment, dataset, progress)
+
+
+def _prepared(ray: Any, reference: Any) -> Manifest:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DataError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise TrainingError(f"a machine was lost during preparation: {first_line(error)}") from None
 
 
 def checkpoint_store(experiment: Experiment, manifest: Manifest, folder: Path) -> CheckpointStore:
@@ -167,8 +219,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         train(experiment, manifest, store, context)
     except Exception as error:
         # A restart helps against a lost worker; an error of the program it would only repeat.
-        if not _is_lost_worker(error):
-            context.fail(_description(error))
+        if not is_lost_worker(error):
+            context.fail(as_event(error))
         raise
     context.flush()
 
@@ -211,15 +263,13 @@ def train_on_ray(
             try:
                 events = ray.get(board.take.remote(_PATIENCE if running else 0.0))
             except ray.exceptions.RayError as error:
-                raise TrainingError(
-                    f"the Ray cluster is lost: {_first_line(error)}", True
-                ) from None
+                raise TrainingError(f"the Ray cluster is lost: {first_line(error)}", True) from None
             for event in events:
                 if event["kind"] == "failed":
-                    raise _failure(event, folder)
+                    raise training_error(event, folder)
                 tell(event)
     if outcome[0] is not None:
-        raise _explain(outcome[0], folder)
+        raise ray_failure(outcome[0], folder)
 
 
 def _trainer(
@@ -239,7 +289,7 @@ def _trainer(
             self._restarts_left -= 1
             if self._restarts_left < 0:
                 return
-            causes = {_cause(error) for error in worker_exceptions.values()}
+            causes = {cause(error) for error in worker_exceptions.values()}
             board.post.remote({"kind": "restart", "text": "; ".join(sorted(causes))})
 
     gpu = torch.cuda.is_available()
@@ -287,55 +337,10 @@ def _ray_session(workers: int) -> Iterator[Any]:
         ray.init(**options)
     except Exception as error:
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
-        raise PipelineError(f"cannot start {where}: {_first_line(error)}") from None
+        raise PipelineError(f"cannot start {where}: {first_line(error)}") from None
     # Ray takes the signal for itself, prints a stack and exits at once.
     signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _is_lost_worker(error: BaseException) -> bool:
-    return any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost cause of a worker's failure in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if _is_lost_worker(error):
-        return "a worker process was killed or crashed"
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _description(error: BaseException) -> Event:
-    """An error as plain data: a line, and the trace where the line does not say it all."""
-    if isinstance(error, _EXPLAINED_ERRORS):
-        return {"text": _first_line(error), "trace": None}
-    return {"text": _cause(error), "trace": "".join(traceback.format_exception(error))}
-
-
-def _failure(description: Event, folder: Path) -> TrainingError:
-    """The error that the user sees; a trace goes to ``error.txt`` in the run folder."""
-    if description["trace"] is None:
-        return TrainingError(description["text"])
-    trace = folder / "error.txt"
-    with contextlib.suppress(OSError):  # a full disk, say, is what is being reported
-        trace.write_text(description["trace"])
-    return TrainingError(f"training failed: {description['text']}; the full trace is in {trace}")
-
-
-def _explain(error: BaseException, folder: Path) -> TrainingError:
-    """What Ray Train gave up on: more lost workers than ``scaling.max_failures``, or itself."""
-    failures = getattr(error, "worker_failures", None) or {}
-    inner = [getattr(error, "controller_failure", None) or error, *failures.values()]
-    description = _description(inner[-1])
-    failure = _failure(description | {"trace": description["trace"] or str(error)}, folder)
-    failure.transient = _is_lost_worker(inner[-1]) or "killed or crashed" in description["text"]
-    return failure

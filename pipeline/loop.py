@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,12 +14,14 @@ import data_prep
 import models
 from pipeline.checkpoint import CheckpointStore, Progress
 from pipeline.evaluate import evaluate
+from pipeline.inputs import image_size, make_loader
 from pipeline.optim import build_optimizer, learning_rate
 
 if TYPE_CHECKING:
     from data_prep import Loader, Manifest
     from pipeline.config import Experiment, Recipe
     from pipeline.context import TrainContext
+    from pipeline.inputs import Inputs
 
 #: Seconds between two progress events, each of which waits for the device once.
 PROGRESS_INTERVAL = 0.5
@@ -29,16 +31,24 @@ CHECK_STEPS = 50
 
 _NO_STEP = 2**62
 
+#: Of smaller files nobody asks how they are cached.
+_NOTED_BYTES = 1 << 30
 
-def build_model(experiment: Experiment) -> nn.Module:
-    """The experiment's network with its method applied, on the CPU, weights from the seed."""
-    dataset = data_prep.get_dataset(experiment.dataset)
+
+def build_model(experiment: Experiment, inputs: Inputs) -> nn.Module:
+    """The experiment's network with its method applied, on the CPU, weights from the seed.
+
+    Args:
+        inputs: the data set, or the manifest of its prepared files.
+    """
+    if inputs.classes is None:
+        raise ValueError("the number of classes has to be known before a network is built")
     return models.create_model(
         experiment.backbone,
         experiment.method,
-        num_classes=len(dataset.class_names),
-        in_channels=dataset.channels,
-        image_size=dataset.image_size,
+        num_classes=inputs.classes,
+        in_channels=inputs.channels,
+        image_size=image_size(experiment.train, inputs),
         seed=experiment.seed,
     )
 
@@ -55,9 +65,9 @@ def train(
         FloatingPointError: at a loss that is not finite, naming the epoch and step.
     """
     recipe = experiment.train
-    context.event("phase", text="opening the prepared data")
+    context.event("phase", text=f"opening the prepared data{_cache_note(experiment, manifest)}")
     train_loader, test_loader = _loaders(experiment, manifest, context)
-    model = channels_last(build_model(experiment).to(context.device))
+    model = channels_last(build_model(experiment, manifest).to(context.device))
     optimizer = build_optimizer(model, recipe)
     newest = store.newest(lambda line: context.event("note", text=line))
     epoch = context.agree(-1 if newest is None else newest)
@@ -66,7 +76,7 @@ def train(
         context.event("resumed", epoch=epoch, history=progress.history)
 
     replica = context.wrap(model)
-    split = {"classes": len(manifest.class_names), "images": manifest.counts["test"]}
+    split = {"classes": manifest.classes, "images": manifest.counts["test"]}
     evaluation = None
     while progress.epoch < recipe.epochs:
         metrics = _train_epoch(experiment, replica, optimizer, train_loader, progress, context)
@@ -119,24 +129,31 @@ def channels_last(model: nn.Module) -> nn.Module:
 def _loaders(
     experiment: Experiment, manifest: Manifest, context: TrainContext
 ) -> tuple[Loader, Loader]:
-    recipe = experiment.train
+    """This rank's training and test batches."""
+    place: dict[str, Any] = {
+        "rank": context.rank,
+        "world_size": context.world_size,
+        "device": context.device,
+    }
+    return (
+        make_loader(experiment, manifest, "train", training=True, **place),
+        make_loader(experiment, manifest, "test", training=False, **place),
+    )
 
-    def loader(split: str, training: bool) -> Loader:
-        return data_prep.make_loader(
-            manifest,
-            split,
-            batch_size=recipe.batch_size,
-            training=training,
-            augmentation=data_prep.Augmentation(shift=recipe.shift, flip=recipe.flip)
-            if training
-            else None,
-            seed=experiment.seed,
-            rank=context.rank,
-            world_size=context.world_size,
-            device=context.device,
-        )
 
-    return loader("train", training=True), loader("test", training=False)
+def _cache_note(experiment: Experiment, manifest: Manifest) -> str:
+    """Where the training images will be kept, where there is something to decide."""
+    file = manifest.files["train"]
+    if experiment.data.cache == "auto" and file.bytes < _NOTED_BYTES:
+        return ""
+    cache = experiment.data.cache
+    if cache == "auto":
+        cache = data_prep.choose_cache(file.bytes)
+    how = {
+        "page": "in the page cache, shared by all workers",
+        "process": "read anew for each batch, past the page cache",
+    }
+    return f": {file.bytes / 1e9:.1f} GB, {how[cache]}"
 
 
 def _train_epoch(

@@ -16,13 +16,15 @@ from rich.text import Text
 from torch import nn
 
 import models
-from data_prep import get_dataset
+from data_prep.datasets import get_dataset, named_normalization
 from pipeline.display import duration
 from pipeline.evaluate import Evaluation
+from pipeline.inputs import image_size
 
 if TYPE_CHECKING:
-    from data_prep import Dataset
+    from data_prep import Manifest
     from models import Profile
+    from pipeline.config import Experiment
     from pipeline.stages import Result
 
 _BLUE, _ORANGE, _GRAY = "#3b6fb6", "#d9782d", "#8a8a8a"
@@ -148,21 +150,27 @@ def _levels(weight: torch.Tensor) -> tuple[list[float], list[float]]:
     return levels.tolist(), (counts / counts.sum()).tolist()
 
 
-def preprocessing(dataset: Dataset) -> dict[str, object]:
+def preprocessing(experiment: Experiment, manifest: Manifest) -> dict[str, object]:
     """What a user of the model has to do to an image, as plain data."""
+    recipe, size = experiment.train, image_size(experiment.train, manifest)
+    mean, std = named_normalization(recipe.normalization, manifest.normalization)
+    window = "the whole image"
+    if recipe.test_crop is not None:
+        window = f"the central square of {recipe.test_crop:g} of the shorter side"
     return {
-        "input": f"float32 (N, {dataset.channels}, {dataset.image_size}, {dataset.image_size})",
+        "input": f"float32 (N, {manifest.channels}, {size}, {size})",
+        "resize": f"{window}, to {size}x{size}, area filter",
         "scale": "pixel / 255",
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "class_names": list(dataset.class_names),
+        "mean": list(mean),
+        "std": list(std),
+        "class_names": list(manifest.class_names),
     }
 
 
 def model_card(result: Result) -> str:
     """Markdown that says what the model is, how good it is and how to use it."""
     experiment, profile = result.experiment, result.profile
-    dataset = get_dataset(experiment.dataset)
+    dataset, prepared = get_dataset(experiment.dataset), preprocessing(experiment, result.manifest)
     return f"""# {experiment.name}
 
 {_network(experiment.backbone)} with method `{experiment.method}`, trained on {dataset.title}.
@@ -181,8 +189,8 @@ The registered program is the folded network: plain convolutions with the quanti
     model = mlflow.pytorch.load_model("models:/{experiment.name}@candidate")
     logits = model(images)
 
-`images` is {preprocessing(dataset)["input"]}: pixels divided by 255, then normalized with mean
-{list(dataset.mean)} and standard deviation {list(dataset.std)} per channel. License of the data:
+`images` is {prepared["input"]}: {prepared["resize"]}; pixels divided by 255, then normalized with
+mean {prepared["mean"]} and standard deviation {prepared["std"]} per channel. License of the data:
 {dataset.license}.
 """
 

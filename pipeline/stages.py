@@ -5,23 +5,24 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import data_prep
 import models
-from pipeline import launch, report, runfolder
+from pipeline import inputs, launch, report, runfolder
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Experiment, PipelineError, flatten
 from pipeline.display import Display, TrainingDisplay, duration
 from pipeline.evaluate import Evaluation
 from pipeline.experiments import check_parts
+from pipeline.failures import TrainingError
 from pipeline.loop import build_model
 
 if TYPE_CHECKING:
-    from data_prep import Manifest
+    from data_prep import Dataset, Manifest
     from models.profiler import Profile
     from pipeline.board import Event
     from pipeline.registry import RegisteredModel
@@ -34,6 +35,7 @@ class Result:
     """What a finished run gives.
 
     Attributes:
+        manifest: of the prepared data.
         folder: run folder with checkpoints and record.
         history: metrics of each epoch.
         evaluation: of the last epoch's weights on the test split.
@@ -46,6 +48,7 @@ class Result:
     """
 
     experiment: Experiment
+    manifest: Manifest
     folder: Path
     history: list[dict[str, float]]
     evaluation: Evaluation
@@ -70,10 +73,10 @@ def run(
     Raises:
         PipelineError: one line that says what the user can mend.
     """
-    check(experiment)
+    dataset = check(experiment)
     with display or Display() as shown:
         store = _open_tracking(experiment)
-        manifest = _prepare(experiment, shown)
+        manifest = prepare(experiment, dataset, shown)
         identity = launch.run_identity(experiment, manifest)
         if resume is not False:
             folder = runfolder.find(experiment, identity, resume if resume is not True else None)
@@ -85,40 +88,33 @@ def run(
             raise Interrupted(folder.name) from None
         except PipelineError as error:
             # What fails once the weights are there, or for want of a worker, can be continued.
-            if not isinstance(error, launch.TrainingError) or error.transient:
+            if not isinstance(error, TrainingError) or error.transient:
                 error.exit_code, error.run = 1, folder.name
             raise
         finally:
             folder.release()
 
 
-def check(experiment: Experiment) -> None:
-    """Refuse what cannot run, before anything is written.
+def check(experiment: Experiment) -> Dataset:
+    """Refuse what cannot run, before anything is written; returns the data set.
 
     Raises:
         PipelineError: one line with the nearest right thing.
     """
-    check_parts(experiment)
+    dataset = check_data(experiment)
+    check_parts(experiment, dataset)
     launch.check_scaling(experiment)
-    dataset, recipe = data_prep.get_dataset(experiment.dataset), experiment.train
-    images = training_images(experiment)
-    if images < recipe.batch_size:
-        raise PipelineError(
-            f"train.batch_size={recipe.batch_size} is more than the {images} training images of "
-            f"{dataset.name}"
-        )
-    if recipe.shift >= dataset.image_size:
-        raise PipelineError(
-            f"train.shift={recipe.shift} moves the whole image out of sight; "
-            f"{dataset.name} has {dataset.image_size} pixels"
-        )
+    return dataset
 
 
-def training_images(experiment: Experiment) -> int:
-    """Images of the training split, known without reading it."""
-    if experiment.data.synthetic is not None:
-        return experiment.data.synthetic[0]
-    return data_prep.get_dataset(experiment.dataset).counts["train"]
+def check_data(experiment: Experiment) -> Dataset:
+    """The part of ``check`` that concerns the data alone."""
+    try:
+        dataset = inputs.dataset_of(experiment)
+        inputs.check_images(experiment, dataset)
+    except data_prep.DataError as error:
+        raise PipelineError(str(error)) from None
+    return dataset
 
 
 class Interrupted(KeyboardInterrupt):
@@ -129,38 +125,36 @@ class Interrupted(KeyboardInterrupt):
         self.run = run
 
 
-def prepared_backend(experiment: Experiment) -> str:
-    """The data backend that ``data.backend=auto`` means here."""
-    if experiment.data.backend != "auto":
-        return experiment.data.backend
-    return "ffcv" if data_prep.ffcv_available() else "torch"
+def prepare(experiment: Experiment, dataset: Dataset, display: Display) -> Manifest:
+    """Prepare the experiment's data, or check what is there, and say so.
 
+    Raises:
+        PipelineError: one line, when that cannot be done.
+    """
 
-def data_options(experiment: Experiment) -> dict[str, Any]:
-    """Arguments of ``data_prep.prepare`` and ``data_prep.plan`` for this experiment."""
-    return {
-        "root": experiment.data.root,
-        "prepared": experiment.data.prepared.absolute(),
-        "backend": prepared_backend(experiment),
-        "synthetic": experiment.data.synthetic,
-    }
-
-
-def _prepare(experiment: Experiment, display: Display) -> Manifest:
     def progress(stage: str, done: int, total: int) -> None:
         display.progress("prepare", done, total, stage)
 
     started = time.monotonic()
     try:
-        manifest = data_prep.prepare(
-            experiment.dataset, **data_options(experiment), progress=progress
-        )
+        if experiment.data.location == "node" and launch.on_cluster(experiment):
+            manifest = launch.prepare_on_nodes(experiment, dataset, progress)
+        else:
+            manifest = inputs.prepare(experiment, dataset, progress)
     except data_prep.DataError as error:
         raise PipelineError(str(error)) from None
     how = "already prepared and valid" if manifest.reused else "written and verified"
     counts = " + ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     seconds = duration(time.monotonic() - started)
     display.stage("prepare", f"{experiment.dataset}: {counts} images, {how} ({seconds})")
+    for note in manifest.notes:
+        display.note(note)
+    if manifest.quarantine:
+        display.note(
+            f"{len(manifest.quarantine):,} raw files could not be used; "
+            f"{manifest.folder / 'manifest.json'} names them, first {manifest.quarantine[0].name}: "
+            f"{manifest.quarantine[0].reason}"
+        )
     return manifest
 
 
@@ -276,16 +270,17 @@ class _Run:
     def _finish(self, evaluation: Evaluation) -> Result:
         """Profile the trained network, log what there is to see of it, and register it."""
         experiment = self.experiment
-        model = build_model(experiment)
+        model = build_model(experiment, self.manifest)
         store = launch.checkpoint_store(experiment, self.manifest, self.folder.path)
         try:
             store.load_model(experiment.train.epochs, model)
         except CheckpointError as error:
             raise PipelineError(str(error)) from None
         model.eval()
-        image_size = data_prep.get_dataset(experiment.dataset).image_size
+        image_size = inputs.image_size(experiment.train, self.manifest)
         result = Result(
             experiment=experiment,
+            manifest=self.manifest,
             folder=self.folder.path,
             history=self.history,
             evaluation=evaluation,
@@ -328,16 +323,16 @@ class _Run:
     def _register(self, tracker: Tracker, result: Result, model: nn.Module) -> RegisteredModel:
         from pipeline.registry import register
 
-        dataset = data_prep.get_dataset(self.experiment.dataset)
+        size = inputs.image_size(self.experiment.train, self.manifest)
         return register(
             models.fold(model),
             self.experiment.name,
             store=tracker.store,
             run_id=tracker.run_id,
-            example_shape=(dataset.channels, dataset.image_size, dataset.image_size),
+            example_shape=(self.manifest.channels, size, size),
             reference=model,
             model_card=report.model_card(result),
-            preprocessing=report.preprocessing(dataset),
+            preprocessing=report.preprocessing(self.experiment, self.manifest),
             alias="synthetic" if self.experiment.data.synthetic else "candidate",
             tags={
                 "top1": f"{result.evaluation.top1:.3f}",

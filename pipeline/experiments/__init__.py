@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 
-from data_prep.datasets import DataError, get_dataset
+from data_prep.datasets import DATASETS, DataError, Dataset, get_dataset
 from models.calls import ModelError
-from pipeline.config import Experiment, PipelineError, build_experiment, nearest, override
-from pipeline.recipes import DEFAULT
+from pipeline.config import Experiment, PipelineError, nearest
+from pipeline.recipes import default_recipe
+from pipeline.settings import build_experiment, override
 
 
 @cache
@@ -40,10 +42,28 @@ def load_experiment(name: str, overrides: Iterable[str] = ()) -> Experiment:
     return override(curated if curated else _from_grammar(name), overrides)
 
 
-def check_parts(experiment: Experiment) -> None:
+def data_only(name: str) -> Experiment:
+    """The experiment of that name, or a carrier of the settings of a data set of that name.
+
+    Raises:
+        PipelineError: for an unknown name, with the nearest one.
+    """
+    if name not in DATASETS and "_" in name:
+        return load_experiment(name)
+    try:
+        row = get_dataset(name)
+    except DataError as error:
+        raise PipelineError(str(error)) from None
+    return Experiment(name=name, dataset=name, backbone="none", train=default_recipe(row.name))
+
+
+def check_parts(experiment: Experiment, dataset: Dataset | None = None) -> None:
     """Refuse a data set, backbone or method that does not exist, and wrong arguments of one.
 
     The network is built without memory for its weights, so this is quick for the largest one.
+
+    Args:
+        dataset: stands for the experiment's, where that cannot be looked at yet.
 
     Raises:
         PipelineError: one line with the nearest right thing.
@@ -52,10 +72,11 @@ def check_parts(experiment: Experiment) -> None:
         get_dataset(experiment.dataset)
         import torch
 
+        from pipeline.inputs import dataset_of
         from pipeline.loop import build_model
 
         with torch.device("meta"):
-            build_model(experiment)
+            build_model(experiment, dataset or dataset_of(experiment))
     except (ModelError, DataError) as error:
         raise PipelineError(str(error)) from None
 
@@ -79,10 +100,12 @@ def _from_grammar(name: str) -> Experiment:
                 "dataset": parts[0],
                 "backbone": parts[1],
                 "method": parts[2] if len(parts) == 3 else "float",
-                "train": DEFAULT,
+                "train": default_recipe(parts[0]),
             }
         )
-        check_parts(experiment)
-    except PipelineError as error:
+        row = get_dataset(parts[0])
+        # Settings behind the name say where a folder of the user's own is; it is checked then.
+        check_parts(experiment, replace(row, classes=2) if row.classes is None else row)
+    except (PipelineError, DataError) as error:
         raise PipelineError(f"cannot make experiment {name!r}: {error}") from None
     return experiment

@@ -18,7 +18,7 @@ import torch
 import data_prep
 import models
 from pipeline.checkpoint import CheckpointStore
-from pipeline.config import Experiment, Recipe
+from pipeline.config import Data, Experiment, Recipe
 from pipeline.context import TrainContext
 from pipeline.loop import train
 
@@ -30,7 +30,7 @@ VARIANTS = [*models.list_methods(), "ternary(expansion=2)", "ternary(expansion=4
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     return data_prep.prepare(
-        "digits", prepared=tmp_path_factory.mktemp("golden"), backend="torch", synthetic=(64, 32)
+        "digits", prepared=tmp_path_factory.mktemp("golden"), synthetic=(64, 32)
     )
 
 
@@ -43,7 +43,12 @@ def _double_precision():
 
 def loss_curve(method: str, manifest, folder: Path) -> list[float]:
     experiment = Experiment(
-        name="golden", dataset="digits", backbone="lenet5", method=method, train=RECIPE
+        name="golden",
+        dataset="digits",
+        backbone="lenet5",
+        method=method,
+        train=RECIPE,
+        data=Data(backend="torch"),
     )
     losses: list[float] = []
 

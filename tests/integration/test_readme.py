@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from docs.write_results import RECORDS, collect, table, with_table
-from pipeline.config import override
 from pipeline.experiments import load_experiment
+from pipeline.settings import override
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()

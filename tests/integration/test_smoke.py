@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pipeline.cli import smoke
-from pipeline.config import PipelineError, override
+from pipeline.config import PipelineError
 from pipeline.experiments import catalog
+from pipeline.settings import override
 from pipeline.stages import run
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import models
+from data_prep import get_dataset
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
 from tests.command_line import CommandLine
@@ -43,7 +44,7 @@ def mlflow_run(client):
 
 
 def trained_model(finished):
-    model = build_model(load_experiment(NAME))
+    model = build_model(load_experiment(NAME), get_dataset("digits"))
     model.load_state_dict(finished.weights(NAME, EPOCHS))
     return model.eval()
 
@@ -96,12 +97,15 @@ def test_the_run_keeps_pictures_profile_and_evaluation(client, mlflow_run, tmp_p
 def test_the_tracked_accuracy_is_that_of_the_saved_weights(finished, mlflow_run):
     """Recounted here from the checkpoint over scikit-learn's images, without the loaders."""
     import data_prep
-    from data_prep.sources import read
+    from data_prep.sources import ArraySplit, open_raw
 
     dataset = data_prep.get_dataset("digits")
-    split = read(dataset, root=None, scratch=finished.folder)["test"]
+    raw = open_raw(dataset, finished.folder, finished.folder, tell=lambda *_: None)
+    split = raw.splits["test"]
+    assert isinstance(split, ArraySplit)
     images = torch.from_numpy(np.array(split.images)).permute(0, 3, 1, 2) / 255
-    images = (images - dataset.mean[0]) / dataset.std[0]
+    mean, std = dataset.normalization
+    images = (images - mean[0]) / std[0]
     with torch.no_grad():
         predicted = trained_model(finished)(images).argmax(1)
     accuracy = 100 * (predicted.numpy() == split.labels).mean()

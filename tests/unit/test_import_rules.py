@@ -35,18 +35,23 @@ MAY_IMPORT_IN_FUNCTIONS = {"pipeline/cli.py": {"tune", "infra"}}
 LIBRARIES = {
     "run": set[str](),
     "models": {"torch", "torchvision", "numpy"},
-    "data_prep": {"torch", "torchvision", "numpy", "ffcv", "numba", "sklearn"},
+    "data_prep": {
+        *("torch", "torchvision", "numpy", "PIL", "cv2"),
+        *("ffcv", "llvmlite", "numba", "scipy", "sklearn"),
+    },
 }
 # The only files that may import a library.
 HOMES = {
     "ray": ("pipeline/launch.py", "pipeline/context.py", "tune/*", "infra/*"),
     "mlflow": ("pipeline/stores.py", "pipeline/tracking.py", "pipeline/registry.py"),
-    "ffcv": ("data_prep/convert.py", "data_prep/loaders.py"),
-    "numba": ("data_prep/loaders.py",),  # FFCV's compiler
-    "sklearn": ("data_prep/sources.py",),
+    "ffcv": ("data_prep/ffcv_reader.py",),
+    "numba": ("data_prep/ffcv_reader.py", "data_prep/kernels.py"),
+    "llvmlite": ("data_prep/kernels.py",),
+    "scipy": ("data_prep/imagenet.py",),
+    "sklearn": ("data_prep/arrays.py",),
 }
 # Libraries that are imported inside functions, so that what does not need them works without.
-LAZY = {"ffcv", "mlflow", "numba", "ray", "sklearn"}
+LAZY = {"ffcv", "mlflow", "ray", "scipy", "sklearn"}
 # Packages that are imported inside functions as a whole.
 LAZY_PACKAGES = {"tune", "infra"}
 # The only files that may import a module by a name that is not written there.
@@ -252,8 +257,8 @@ def test_offending_import_is_found(path: str, source: str, expected: str) -> Non
         ("run.py", "import sys\nfrom pipeline.cli import main"),
         ("models/layers.py", "import math\nimport torch.nn as nn\nfrom . import quantizers"),
         ("models/methods/step.py", "from models.backbones import resnet"),
-        ("data_prep/convert.py", "def f():\n    from ffcv.writer import DatasetWriter"),
-        ("data_prep/loaders.py", "if TYPE_CHECKING:\n    from ffcv.loader import Loader"),
+        ("data_prep/ffcv_reader.py", "def f():\n    from ffcv.reader import Reader"),
+        ("data_prep/ffcv_reader.py", "if TYPE_CHECKING:\n    from ffcv.loader import Loader"),
         ("pipeline/cli.py", "def search():\n    from tune import search"),
         ("data_prep/__init__.py", "from importlib import import_module\nimport_module(NAME)"),
         ("pipeline/launch.py", "def f():\n    import ray"),

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import (
-    Experiment,
-    PipelineError,
+from pipeline.config import Experiment, PipelineError, flatten
+from pipeline.experiments import catalog, load_experiment
+from pipeline.settings import (
     build_experiment,
-    flatten,
     load_yaml,
     override,
     parse_overrides,
     setting_fields,
     without_effect,
 )
-from pipeline.experiments import catalog, load_experiment
 
 BASE = Experiment(name="digits_lenet5", dataset="digits", backbone="lenet5")
 

@@ -16,14 +16,15 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, Recipe
 from pipeline.context import TrainContext
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.launch import TrainingError, train_locally
+from pipeline.failures import TrainingError
+from pipeline.launch import train_locally
 from pipeline.loop import build_model, train, train_step
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     return data_prep.prepare(
-        "digits", prepared=tmp_path_factory.mktemp("prepared"), backend="torch", synthetic=(100, 30)
+        "digits", prepared=tmp_path_factory.mktemp("prepared"), synthetic=(100, 30)
     )
 
 
@@ -49,7 +50,7 @@ def run(experiment, manifest, folder, tell=lambda event: None):
     context.device = torch.device("cpu")
     store = CheckpointStore(folder, experiment.identity(manifest.fingerprint))
     train(experiment, manifest, store, context)
-    model = build_model(experiment)
+    model = build_model(experiment, manifest)
     store.load_model(experiment.train.epochs, model)
     return model.state_dict(), events
 
@@ -158,7 +159,7 @@ def test_bfloat16_changes_the_arithmetic_and_keeps_float32_weights(manifest, tmp
 def test_evaluation_equals_a_count_by_hand(manifest):
     """Two ranks' shares together are the split; each image is counted once."""
     experiment = small()
-    model = build_model(experiment).eval()
+    model = build_model(experiment, manifest).eval()
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     losses = []
     for rank in range(3):
@@ -207,7 +208,7 @@ def test_an_evaluation_that_lost_an_image_is_refused(manifest):
         manifest, "test", batch_size=6, training=False, rank=0, world_size=2, device=context.device
     )
     with pytest.raises(RuntimeError, match="counted 15 images of a split of 30"):
-        evaluate(build_model(small()), share, context, classes=10, images=30)
+        evaluate(build_model(small(), manifest), share, context, classes=10, images=30)
 
 
 def test_the_loop_needs_torch_and_safetensors_alone():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import runfolder
-from pipeline.config import Experiment, PipelineError, override
+from pipeline.config import Experiment, PipelineError
+from pipeline.settings import override
 
 
 @pytest.fixture
