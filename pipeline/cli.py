@@ -70,7 +70,11 @@ def _parser() -> _Parser:
     how.add_argument("--dry-run", action="store_true", help="say what would happen, write nothing")
     look = parser.add_argument_group("look, do not run")
     look.add_argument(
-        "--list", nargs="?", const="*", metavar="GLOB", help="show experiments, networks, methods"
+        "--list",
+        nargs="?",
+        const="*",
+        metavar="GLOB",
+        help="show experiments, data sets, networks, methods",
     )
     look.add_argument("--describe", metavar="NAME", help="settings, layers, bits, MACs, size")
     look.add_argument(

@@ -92,12 +92,15 @@ def _draw_histogram(axes: Axes, manifest: Manifest) -> None:
         axes.set_xticks(list(classes), names, rotation=turned, fontsize=8)
     else:
         axes.set_xlabel("class")
-    spread = ", ".join(
-        f"{split} {sum(of_class):,} images, {min(of_class):,} to {max(of_class):,} of a class"
-        for split, of_class in counts.items()
-    )
-    axes.set_title(f"{manifest.classes:,} classes: {spread}", fontsize=10)
+    spread = "; ".join(f"{split}: {_spread(of_class)}" for split, of_class in counts.items())
+    axes.set_title(f"{manifest.classes:,} classes; {spread}", fontsize=10)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
+
+
+def _spread(counts: list[int]) -> str:
+    least, most = min(counts), max(counts)
+    each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{sum(counts):,} images, {each} of each class"
 
 
 def _shortened(name: str, length: int) -> str:

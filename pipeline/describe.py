@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data_prep.datasets import DATASETS, Dataset
 from models.registry import declared
 from pipeline.config import Experiment, PipelineError, flatten, nearest
 from pipeline.experiments import catalog
@@ -43,10 +44,13 @@ def list_parts(pattern: str) -> None:
         PipelineError: where nothing matches.
     """
     parts = {"network": declared("backbone"), "method": declared("method")}
+    if pattern in DATASETS:
+        _explain_dataset(DATASETS[pattern])
+        return
     if any(pattern == part.name for declarations in parts.values() for part in declarations):
         _explain(pattern)
         return
-    tables = [_experiments(pattern)]
+    tables = [_experiments(pattern), _datasets(pattern)]
     for kind, declarations in parts.items():
         tables.append(_table((kind, "what it is")))
         for part in declarations:
@@ -55,13 +59,14 @@ def list_parts(pattern: str) -> None:
                 tables[-1].add_row(part.name, part.summary + note)
     if not any(table.row_count for table in tables):
         raise PipelineError(
-            f"no experiment, network or method matches {pattern!r}{nearest(pattern, catalog())}"
+            f"no experiment, data set, network or method matches {pattern!r}"
+            f"{nearest(pattern, [*catalog(), *DATASETS])}"
         )
     screen = console()
     for table in tables:
         if table.row_count:
             screen.print(table)
-    screen.print("--list NAME explains a network or method and its options", markup=False)
+    screen.print("--list NAME explains a data set, network or method", markup=False)
 
 
 def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
@@ -87,6 +92,44 @@ def _experiments(pattern: str) -> Table:
                 what += f" ({entry.reference.source})"
             table.add_row(name, what, published)
     return table
+
+
+def _datasets(pattern: str) -> Table:
+    titles = ("data set", "what it is", "classes", "size", "train + test images")
+    table = _table(titles, right=titles[2:])
+    for row in DATASETS.values():
+        if fnmatch.fnmatch(row.name, pattern):
+            classes = "yours" if row.classes is None else f"{row.classes:,}"
+            counts = " + ".join(f"{count:,}" for count in row.counts.values())
+            table.add_row(row.name, row.title, classes, str(row.image_size), counts or "yours")
+    return table
+
+
+def _explain_dataset(row: Dataset) -> None:
+    """Print what is known of a data set, and what has to lie where."""
+    storage = "pixel by pixel"
+    if row.storage is not None:
+        side = f"at most {row.storage.side} pixels" if row.storage.side else "their own size"
+        storage = f"{row.storage.format}, {side}"
+        if row.storage.format != "raw":
+            storage += f", quality {row.storage.quality}"
+    size = sum(download.bytes for download in row.downloads) / 1e6
+    lines = {
+        "classes": "those of the folder" if row.classes is None else f"{row.classes:,}",
+        "images": " + ".join(f"{count:,} {split}" for split, count in row.counts.items()),
+        "seen at": f"{row.image_size}x{row.image_size} pixels, {row.channels} channels",
+        "kept as": storage,
+        "raw files": row.raw,
+        "looked for": f"data.raw, else <data.root>/{row.name}",
+        "download": f"{size:,.0f} MB" if size else ("yes" if row.downloads else "none"),
+        "license": row.license,
+        "source": row.source,
+    }
+    screen = console()
+    screen.print(f"data set {row.name}: {row.title}\n", markup=False)
+    for name, text in lines.items():
+        if text:
+            screen.print(f"{name:<12}{text}", markup=False)
 
 
 def _explain(name: str) -> None:

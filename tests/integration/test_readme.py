@@ -16,6 +16,7 @@ import pytest
 from docs.write_results import RECORDS, collect, table, with_table
 from pipeline.experiments import load_experiment
 from pipeline.settings import override
+from tests.pictures import picture, write_class_folders
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
@@ -28,16 +29,19 @@ COMMANDS = [
     for line in block["text"].splitlines()
 ]
 #: A command with one of these is quick as it stands; another one gets --smoke added.
-QUICK = ("--list", "--describe", "--dry-run", "--smoke")
+QUICK = ("--list", "--describe", "--dry-run", "--smoke", "--prepare", "--inspect")
 
 
-def run_command(command: str, root: Path, folder: Path) -> str:
+def run_command(command: str, root: Path, folder: Path, **variables: str) -> str:
     words = shlex.split(command)
-    assert words[:2] == ["python", "run.py"]
-    words = [sys.executable, str(root / "run.py"), *words[2:]]
-    if not any(option in words for option in QUICK):
-        words.append("--smoke")
+    if words[1] == "run.py":
+        words[1] = str(root / "run.py")
+        if not any(option in words for option in QUICK):
+            words.append("--smoke")
+    assert words[0] == "python"
+    words[0] = sys.executable
     environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    environment |= {"PYTHONPATH": str(root), **variables}
     answer = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200
     )
@@ -50,6 +54,21 @@ def run_command(command: str, root: Path, folder: Path) -> str:
 )
 def test_every_command_works(command, tmp_path):
     assert run_command(command, REPOSITORY, tmp_path)
+
+
+def test_the_commands_for_raw_images_work(tmp_path):
+    write_class_folders(tmp_path / "pictures" / "birds", train=70)
+    for number in range(1000):
+        for split in ("train", "val"):
+            folder = tmp_path / "images" / "imagenet" / split / f"n{number:08}"
+            folder.mkdir(parents=True)
+            picture(number, 16, 16).save(folder / "1.JPEG")
+    commands = [line for mark, line in COMMANDS if mark == "with raw images"]
+    assert len(commands) == 4
+    variables = {"HOME": str(tmp_path), "TERNFORGE_DATA": str(tmp_path / "images")}
+    outputs = [run_command(command, REPOSITORY, tmp_path, **variables) for command in commands]
+    assert "folder: 140 train + 12 test images, written and verified" in outputs[0]
+    assert "imagenet: 1,000 train + 1,000 test images" in outputs[2]
 
 
 def test_every_make_target_exists():
