@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from multiprocessing import Value
 from pathlib import Path
-from queue import SimpleQueue
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
+import PIL
+from PIL import features
 
-from data_prep.datasets import DataError, Dataset, get_dataset, one_line_for_os_errors
-from data_prep.manifest import MANIFEST_NAME, Manifest, PreparedFile, digest_of, make_spec
-from data_prep.sources import Split, data_root, generate, read
+from data_prep import sources
+from data_prep.beton import PAGE_BYTES
+from data_prep.datasets import DataError, Dataset, Storage, one_line_for_os_errors
+from data_prep.images import has_strict_decoder
+from data_prep.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    Manifest,
+    PreparedFile,
+    digest_of,
+)
+from data_prep.request import (
+    Request,
+    expected_bytes,
+    expected_counts,
+    make_request,
+)
+from data_prep.splits import ArraySplit, EncodedSplit, Progress, Raw
+from data_prep.verification import verify_arrays, verify_files
+from data_prep.workers import Workers
+from data_prep.writing import Written, estimate_bytes, write_arrays, write_files
 
-#: Called as progress(stage, done, total).
-Progress = Callable[[str, int, int], None]
+#: Fewer images are faster done in this process than others are started.
+_FEW = 1000
 
-BACKENDS = ("ffcv", "torch")
-
-#: FFCV's smallest page; one image never crosses a page.
-_PAGE_BYTES = 1 << 21
-
-#: Up to this size every pixel is read back, above it this many images, evenly spread.
-_FULLY_VERIFIED_BYTES = 1 << 28
-_VERIFIED_SAMPLES = 1024
-
-_VERIFY_BATCH = 500
+#: Of the estimated size, what has to be free beyond it.
+_SPACE_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Plan:
 
     Attributes:
         folder: where the prepared files are or would be.
-        files: name to size in bytes, exact but for a few bytes of header.
+        files: name to size in bytes: exact if they are there, nearly so for arrays, else a guess
+            from the number of images.
         ready: whether they are there already, in full size.
         source: where the images come from, as a line of text.
     """
@@ -59,63 +65,60 @@ def plan(
     dataset: str | Dataset,
     *,
     root: Path | None = None,
+    raw: Path | None = None,
     prepared: Path,
-    backend: str = "ffcv",
     synthetic: tuple[int, int] | None = None,
+    storage: Storage | None = None,
+    max_per_class: int | None = None,
+    check_raw: bool = True,
 ) -> Plan:
     """Say what ``prepare`` with the same arguments would do; nothing is written.
 
     Raises:
-        DataError: for an unknown data set or backend, a manifest that does not hold, or a folder
-            that cannot be looked into.
+        DataError: for an unknown data set, settings that have no effect on it, a manifest that
+            does not hold, or a folder that cannot be looked into.
     """
-    row, spec, folder = _resolve(dataset, prepared, backend, synthetic)
+    request = make_request(
+        dataset,
+        root=root,
+        raw=raw,
+        prepared=prepared,
+        synthetic=synthetic,
+        storage=storage,
+        max_per_class=max_per_class,
+        check_raw=check_raw,
+        tell=_silent,
+    )
+    row, folder = request.row, request.folder
     with one_line_for_os_errors(f"cannot prepare {row.name}", folder):
         if folder.exists():
             manifest = Manifest.read(folder)
-            entries = [file for files in manifest.files.values() for file in files]
-            for entry in entries:
-                entry.check_size(folder)
-            sizes = {entry.name: entry.bytes for entry in entries}
+            for file in manifest.files.values():
+                file.check_size(folder)
+            sizes = {file.name: file.bytes for file in manifest.files.values()}
             return Plan(folder, sizes, True, "prepared files")
-        source = _source_line(row, root, synthetic)
-    sizes = {}
-    for split, count in spec["counts"].items():
-        for name, size in _expected_sizes(split, count, spec["image_shape"], backend).items():
-            sizes[name] = size
+        source = (
+            "generated images" if request.synthetic else sources.describe_place(row, request.place)
+        )
+    sizes = {
+        f"{split}.beton": expected_bytes(request, count)
+        for split, count in expected_counts(request).items()
+    }
     return Plan(folder, sizes, False, source)
-
-
-def _expected_sizes(split: str, count: int, shape: list[int], backend: str) -> dict[str, int]:
-    image = shape[0] * shape[1] * shape[2]
-    if backend == "torch":
-        return {f"{split}-images.npy": count * image + 128, f"{split}-labels.npy": count * 8 + 128}
-    pages = -(-count // (_PAGE_BYTES // image)) + -(-count * 16 // _PAGE_BYTES)
-    return {f"{split}.beton": pages * _PAGE_BYTES + count * 24}
-
-
-def _source_line(row: Dataset, root: Path | None, synthetic: tuple[int, int] | None) -> str:
-    if synthetic is not None:
-        return "generated images"
-    if not row.raw_files:
-        return "an installed package"
-    folder = data_root(root) / row.name
-    present = [
-        (folder / name).exists() or (folder / name).with_suffix("").exists()
-        for name in row.raw_files
-    ]
-    if all(present):
-        return str(folder)
-    return f"a download of {row.raw_bytes / 1e6:.0f} MB to {folder}"
 
 
 def prepare(
     dataset: str | Dataset,
     *,
     root: Path | None = None,
+    raw: Path | None = None,
     prepared: Path,
-    backend: str = "ffcv",
     synthetic: tuple[int, int] | None = None,
+    storage: Storage | None = None,
+    max_per_class: int | None = None,
+    check_raw: bool = True,
+    bad_share: float = 0.001,
+    processes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Make the prepared files of a data set, or check those that are there.
@@ -128,59 +131,78 @@ def prepare(
     Args:
         dataset: name or row.
         root: folder of raw data sets; default TERNFORGE_DATA, else ``data``.
+        raw: the data set's own raw folder or archive, instead of ``<root>/<name>``.
         prepared: folder of prepared data sets.
-        backend: ``ffcv`` (``.beton`` files) or ``torch`` (``.npy`` files, for machines without
-            FFCV); both give the same batches.
         synthetic: made-up images (train, test), at least 1 each, in the shape of the data set
             instead of its own.
+        storage: how images of many sizes are kept; default as the row says.
+        max_per_class: take only the first so many images of each class.
+        check_raw: compare raw files with their published checksums.
+        bad_share: of each split, the share of images that may be bad; those are left out and
+            listed in the manifest. One bad image is allowed in any split, unless it is 0.
+        processes: that decode and encode; default one for each core. They make no difference to
+            the files.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        DataError: one line, when raw data are missing or damaged, prepared files are not what the
-            manifest says, or nothing can be written.
+        DataError: one line, when raw data are missing or damaged, too many images are bad,
+            prepared files are not what the manifest says, or nothing can be written.
     """
-    row, spec, folder = _resolve(dataset, prepared, backend, synthetic)
     tell = progress or _silent
-    with one_line_for_os_errors(f"cannot prepare {row.name}", folder.parent):
-        if folder.exists():
-            return _checked(folder, spec, tell)
-        with _only_one(folder, row.name, tell):
-            if folder.exists():
-                return _checked(folder, spec, tell)
-            partial = folder.with_name(f"{folder.name}.partial")
-            if partial.exists():
-                shutil.rmtree(partial)
-            try:
-                partial.mkdir()
-                _write_all(row, spec, root, partial, tell)
-                partial.rename(folder)
-                _sync(folder.parent)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-        return Manifest.read(folder)
+    _check_work(bad_share, processes)
+    request = make_request(
+        dataset,
+        root=root,
+        raw=raw,
+        prepared=prepared,
+        synthetic=synthetic,
+        storage=storage,
+        max_per_class=max_per_class,
+        check_raw=check_raw,
+        tell=tell,
+    )
+    with one_line_for_os_errors(f"cannot prepare {request.row.name}", request.folder.parent):
+        if not request.folder.exists():
+            with _only_one(request.folder, request.row.name, tell):
+                if not request.folder.exists():
+                    return _make(request, bad_share, processes or _cores(), tell)
+        return _checked(request, tell)
+
+
+def _check_work(bad_share: float, processes: int | None) -> None:
+    if not 0 <= bad_share <= 1:
+        raise DataError(f"data.bad_share={bad_share:g} is no share: it goes from 0 to 1")
+    if processes is not None and processes < 1:
+        raise DataError(f"data.processes={processes}: at least 1 is needed")
+
+
+def _make(request: Request, bad_share: float, processes: int, tell: Progress) -> Manifest:
+    """Write the folder beside its place, and rename it into place when all is well."""
+    partial = request.folder.with_name(f"{request.folder.name}.partial")
+    _remove_leftovers(partial)
+    try:
+        partial.mkdir()
+        _write_all(request, partial, bad_share, processes, tell)
+        partial.rename(request.folder)
+        _sync(request.folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Manifest.read(request.folder)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def _resolve(
-    dataset: str | Dataset, prepared: Path, backend: str, synthetic: tuple[int, int] | None
-) -> tuple[Dataset, dict[str, Any], Path]:
-    row = get_dataset(dataset) if isinstance(dataset, str) else dataset
-    if backend not in BACKENDS:
-        raise DataError(f"unknown data backend {backend!r}: valid are {', '.join(BACKENDS)}")
-    if synthetic is not None and min(synthetic) < 1:
-        raise DataError(f"cannot generate {synthetic} images: each split needs at least 1")
-    spec = make_spec(row, backend, synthetic)
-    return row, spec, prepared / f"{row.name}-{digest_of(spec)[:10]}"
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def _checked(folder: Path, spec: dict[str, Any], tell: Progress) -> Manifest:
+def _checked(request: Request, tell: Progress) -> Manifest:
     tell("check", 0, 1)
-    manifest = Manifest.read(folder)
-    manifest.check(spec)
+    manifest = Manifest.read(request.folder)
+    manifest.check(request.spec)
     tell("check", 1, 1)
     return replace(manifest, reused=True)
 
@@ -189,7 +211,7 @@ def _checked(folder: Path, spec: dict[str, Any], tell: Progress) -> Manifest:
 def _only_one(folder: Path, name: str, tell: Progress) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when its holder dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    with _lock_file(folder).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -198,149 +220,157 @@ def _only_one(folder: Path, name: str, tell: Progress) -> Iterator[None]:
         yield
 
 
-def _write_all(
-    row: Dataset, spec: dict[str, Any], root: Path | None, partial: Path, tell: Progress
-) -> None:
-    tell("read", 0, 1)
-    if spec["reader"] == "synthetic":
-        splits = generate(row, (spec["counts"]["train"], spec["counts"]["test"]))
-    else:
-        scratch = partial / "raw"
-        scratch.mkdir()
-        splits = read(row, root, scratch)
-        shutil.rmtree(scratch)
-    tell("read", 1, 1)
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
-    write = _write_beton if spec["backend"] == "ffcv" else _write_arrays
-    files = {}
-    for name, split in splits.items():
-        paths = write(partial, name, split, tell)
-        for path in paths:
-            _sync(path)
-        files[name] = [PreparedFile.measure(path) for path in paths]
-    classes = len(row.class_names)
-    manifest = Manifest(
-        folder=partial,
-        spec=spec,
-        files=files,
-        class_histogram={
-            name: np.bincount(split.labels, minlength=classes).tolist()
-            for name, split in splits.items()
-        },
-        fingerprint=_fingerprint(splits),
-        versions={tool: version(tool) for tool in ("numpy", spec["backend"])},
-    )
-    for name, split in splits.items():
-        _verify(manifest, name, split, tell)
+
+def _remove_leftovers(partial: Path) -> None:
+    """Delete what killed processes left: this partial folder, and all whose lock nobody holds."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    for other in partial.parent.glob("*.partial"):
+        # Somebody is at work there, or it belongs to another user.
+        with (
+            suppress(BlockingIOError, PermissionError),
+            _lock_file(other.with_suffix("")).open("w") as lock,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _write_all(
+    request: Request, partial: Path, bad_share: float, processes: int, tell: Progress
+) -> None:
+    scratch = partial / "raw"
+    scratch.mkdir()
+    raw = request.raw or _open(request, scratch, tell)
+    if max(len(split) for split in raw.splits.values()) < _FEW:
+        processes = 1
+    with Workers(processes) as workers:
+        _check_space(request, raw, partial, workers, tell)
+        written = {
+            name: _write_split(request, name, split, partial, bad_share, workers, tell)
+            for name, split in raw.splits.items()
+        }
+    shutil.rmtree(scratch)
+    manifest = _describe(request, raw, written, partial)
     path = partial / MANIFEST_NAME
     path.write_text(manifest.to_json())
     _sync(path)
     _sync(partial)
 
 
-def _write_arrays(folder: Path, name: str, split: Split, tell: Progress) -> list[Path]:
-    images, labels = folder / f"{name}-images.npy", folder / f"{name}-labels.npy"
-    tell(f"write {name}", 0, len(split.labels))
-    for path, array in ((images, split.images), (labels, split.labels)):
-        # Not numpy.save: on a full disk its error does not say so.
-        with path.open("wb") as file:
-            header = np.lib.format.header_data_from_array_1_0(array)
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(array.data)
-    tell(f"write {name}", len(split.labels), len(split.labels))
-    return [images, labels]
-
-
-class _Chunks:
-    """The queue that FFCV's writer takes its work from; what was taken is reported."""
-
-    def __init__(self, count: int, report: Callable[[int, int], None], size: int = 1000) -> None:
-        self._count, self._report, self._size = count, report, size
-        self._next = 0
-
-    def get(self) -> list[tuple[int, int]] | None:
-        self._report(self._next, self._count)
-        chunk = range(self._next, min(self._next + self._size, self._count))
-        self._next += len(chunk)
-        return [(index, index) for index in chunk] or None
-
-
-def _write_beton(folder: Path, name: str, split: Split, tell: Progress) -> list[Path]:
-    """Write a ``.beton`` with FFCV's writer, in this process.
-
-    ``DatasetWriter.from_indexed_dataset`` forks workers and waits for ever when one dies (a full
-    disk is enough). Its steps are called here one by one instead, so that an error is raised.
-    """
-    from data_prep.loaders import ffcv_without_compiler
-
-    with ffcv_without_compiler():
-        from ffcv.fields import IntField, NDArrayField
-        from ffcv.memory_allocator import MemoryAllocator
-        from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
-
-    path = folder / f"{name}.beton"
-    fields = {
-        "image": NDArrayField(np.dtype("uint8"), split.images.shape[1:]),
-        "label": IntField(),
-    }
-    writer = DatasetWriter(str(path), fields, page_size=_PAGE_BYTES, num_workers=1)
-    writer.num_samples = len(split.labels)
-    writer.prepare()
-    # One process has nothing to share, and shared memory would outlive an error.
-    writer.metadata_sm.close()
-    writer.metadata_sm.unlink()
-    rows = writer.num_samples * writer.metadata_type.itemsize
-    writer.metadata_sm = SimpleNamespace(buf=bytearray(rows))
-    allocations: SimpleQueue[list[tuple[int, int, int]]] = SimpleQueue()
-    worker_job_indexed_dataset(
-        _Chunks(writer.num_samples, lambda done, total: tell(f"write {name}", done, total)),
-        writer.metadata_sm,
-        writer.metadata_type,
-        fields,
-        MemoryAllocator(str(path), writer.data_region_start, writer.page_size),
-        Value(ctypes.c_uint64),
-        allocations,
-        list(zip(split.images, split.labels.tolist(), strict=True)),
+def _open(request: Request, scratch: Path, tell: Progress) -> Raw:
+    row = request.row
+    if request.synthetic is not None:
+        splits = sources.generate(row, request.synthetic)
+        return Raw(splits, row.class_names, row.class_names, ("made-up images",))
+    return sources.open_raw(
+        row,
+        request.place,
+        scratch,
+        check_raw=request.check_raw,
+        max_per_class=request.max_per_class,
+        tell=tell,
     )
-    writer.finalize(allocations.get())
-    return [path]
 
 
-def _verify(manifest: Manifest, name: str, split: Split, tell: Progress) -> None:
-    """Read a written split back, as training will, and compare it with its source."""
-    from data_prep.loaders import open_split
+def _write_split(
+    request: Request,
+    name: str,
+    split: ArraySplit | EncodedSplit,
+    partial: Path,
+    bad_share: float,
+    workers: Workers,
+    tell: Progress,
+) -> Written:
+    """Write a split, wait until it is on the disk, and compare it with its source."""
+    path = partial / f"{name}.beton"
+    measured = request.row.normalization is None and name == "train"
+    if isinstance(split, ArraySplit):
+        written = write_arrays(split, name, path, measured=measured, tell=tell)
+        _sync(path)
+        verify_arrays(written, split, name, tell)
+        return written
+    if request.storage is None:
+        raise DataError(f"{request.row.name}: its row does not say how its images are kept")
+    written = write_files(
+        split,
+        name,
+        path,
+        storage=request.storage,
+        bad_share=bad_share,
+        measured=measured,
+        workers=workers,
+        tell=tell,
+    )
+    _sync(path)
+    verify_files(written, split, name, storage=request.storage, workers=workers, tell=tell)
+    return written
 
-    reader = open_split(manifest, name, _VERIFY_BATCH)
-    where = manifest.folder / manifest.files[name][0].name
-    if not np.array_equal(reader.labels, split.labels):
-        raise DataError(f"{where}: the labels read back are not those that were written")
-    count = len(split.labels)
-    if split.images.nbytes > _FULLY_VERIFIED_BYTES:
-        order = np.linspace(0, count - 1, _VERIFIED_SAMPLES).astype(np.int64)
-    else:
-        order = np.arange(count)
-    done = 0
-    for images in reader.read(order):
-        tell(f"verify {name}", done, len(order))
-        chosen = order[done : done + len(images)]
-        if not np.array_equal(images, split.images[chosen]):
-            raise DataError(
-                f"{where}: images {chosen[0]} to {chosen[-1]} read back are not those written"
-            )
-        done += len(images)
-    if done != len(order):
-        raise DataError(f"{where}: {done} images could be read back instead of {len(order)}")
-    tell(f"verify {name}", done, len(order))
+
+def _check_space(
+    request: Request, raw: Raw, partial: Path, workers: Workers, tell: Progress
+) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    tell("estimate the size", 0, 1)
+    needed = 0
+    for split in raw.splits.values():
+        if isinstance(split, ArraySplit):
+            needed += split.images.nbytes
+        elif request.storage is not None:
+            needed += estimate_bytes(split, request.storage, workers)
+    needed = int(needed * (1 + _SPACE_MARGIN)) + 2 * len(raw.splits) * PAGE_BYTES
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise DataError(
+            f"cannot prepare {request.row.name}: it takes about {needed / 1e6:,.0f} MB, and "
+            f"{partial.parent} has {free / 1e6:,.0f} MB free: make room, or point data.prepared "
+            "to another disk"
+        )
+    tell("estimate the size", 1, 1)
 
 
-def _fingerprint(splits: dict[str, Split]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(splits):
-        images, labels = splits[name]
-        digest.update(f"{name} {images.shape}".encode())
-        digest.update(labels.astype("<i8").tobytes())
-        digest.update(np.ascontiguousarray(images).data)
-    return digest.hexdigest()
+def _describe(request: Request, raw: Raw, written: dict[str, Written], partial: Path) -> Manifest:
+    normalization, sums = request.row.normalization, written["train"].sums
+    if sums is not None:
+        normalization = sums.normalization()
+    if normalization is None or min(normalization.std) == 0:
+        raise DataError(f"{request.row.name}: all training images have one color, nothing to learn")
+    notes = raw.notes
+    if request.storage is not None and not has_strict_decoder():
+        notes += ("damage in the middle of a JPEG was not looked for: FFCV is not installed",)
+    return Manifest(
+        folder=partial,
+        spec=request.spec,
+        files={name: PreparedFile.measure(split.path) for name, split in written.items()},
+        counts={name: len(split.labels) for name, split in written.items()},
+        class_names=raw.class_names,
+        class_ids=raw.class_ids,
+        mean=normalization.mean,
+        std=normalization.std,
+        class_histogram={
+            name: np.bincount(split.labels, minlength=len(raw.class_names)).tolist()
+            for name, split in written.items()
+        },
+        quarantine=tuple(file for split in written.values() for file in split.bad),
+        notes=notes,
+        fingerprint=digest_of({name: split.fingerprint for name, split in written.items()}),
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides the bytes in the files."""
+    import cv2
+
+    return {
+        "format": str(FORMAT),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "pillow": PIL.__version__,
+        "libjpeg-turbo": features.version("libjpeg_turbo") or "unknown",
+    }
 
 
 def _sync(path: Path) -> None:

@@ -7,16 +7,18 @@ import importlib.util
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_prep.datasets import DataError, Dataset
+from data_prep.beton import Index, read_index
+from data_prep.datasets import DataError, Dataset, Normalization, Storage
 
 MANIFEST_NAME = "manifest.json"
 
 #: Part of every spec: raise it when files written earlier must not be used any more.
-FORMAT = 1
+FORMAT = 2
 
-#: Larger files are hashed again only when their modification time has changed.
+#: Larger files are hashed again only when their modification time has changed: each image has a
+#: checksum of its own, which is verified whenever it is read.
 _ALWAYS_HASHED_BYTES = 1 << 30
 
 
@@ -30,31 +32,68 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def make_spec(dataset: Dataset, backend: str, synthetic: tuple[int, int] | None) -> dict[str, Any]:
-    """Everything that decides what prepared files hold, as plain data."""
-    counts = dataset.counts
-    if synthetic is not None:
-        counts = {"train": synthetic[0], "test": synthetic[1]}
-    return {
+def make_spec(
+    dataset: Dataset,
+    *,
+    storage: Storage | None,
+    synthetic: tuple[int, int] | None,
+    max_per_class: int | None,
+    raw: dict[str, Any] | None,
+    checked: bool,
+) -> dict[str, Any]:
+    """Everything that decides what prepared files hold, as plain data.
+
+    Args:
+        dataset: the row.
+        storage: how encoded images are kept; None for arrays.
+        synthetic: numbers of made-up images.
+        max_per_class: most images of a class.
+        raw: what identifies raw files that the user named; None for the usual place.
+        checked: whether raw files were compared with their published checksums.
+    """
+    normalization = dataset.normalization
+    spec = {
         "format": FORMAT,
         "dataset": dataset.name,
         "reader": "synthetic" if synthetic else dataset.reader,
-        "backend": backend,
-        "counts": dict(counts),
-        "class_names": list(dataset.class_names),
-        "image_shape": [dataset.image_size, dataset.image_size, dataset.channels],
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
+        "image_size": dataset.image_size,
+        "channels": dataset.channels,
+        "normalization": None if normalization is None else normalization._asdict(),
+        "storage": None if storage is None else asdict(storage),
+        "synthetic": synthetic,
+        "max_per_class": max_per_class,
+        "raw": raw,
+        "checked": checked,
     }
+    # As it will be read back: lists for tuples.
+    return json.loads(json.dumps(spec))
+
+
+class BadFile(NamedTuple):
+    """A raw file that was left out: its split, where it is, and why."""
+
+    split: str
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class PreparedFile:
-    """A file as it was written: size in bytes, SHA-256, modification time in nanoseconds."""
+    """A file as it was written.
+
+    Attributes:
+        name: in its folder.
+        bytes: its size.
+        sha256: of the whole file, 64 hex digits.
+        index_sha256: of what comes before the first image and after the last one, which says
+            where the images are and what they are.
+        modified: time in nanoseconds.
+    """
 
     name: str
     bytes: int
     sha256: str
+    index_sha256: str
     modified: int
 
     @classmethod
@@ -63,7 +102,8 @@ class PreparedFile:
         status = path.stat()
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(path.name, status.st_size, digest, status.st_mtime_ns)
+        index_digest = _index_sha256(read_index(path))
+        return cls(path.name, status.st_size, digest, index_digest, status.st_mtime_ns)
 
     def check_size(self, folder: Path) -> Path:
         """The file's path, if it is there in full.
@@ -79,13 +119,28 @@ class PreparedFile:
             raise DataError(f"{path} has {size} bytes instead of {self.bytes}; {_rebuild(folder)}")
         return path
 
+    def open_index(self, folder: Path) -> Index:
+        """Where its images are, if the file is there in full and says so as it was written.
+
+        Raises:
+            DataError: when it is missing, has another size, or another index.
+        """
+        path = self.check_size(folder)
+        try:
+            index = read_index(path)
+        except DataError as error:
+            raise DataError(f"{error}; {_rebuild(folder)}") from None
+        if _index_sha256(index) != self.index_sha256:
+            raise DataError(f"{path} was changed after it was written; {_rebuild(folder)}")
+        return index
+
     def check(self, folder: Path) -> None:
         """Compare with the file on disk.
 
         Raises:
             DataError: when it is missing, has another size, or other content.
         """
-        path = self.check_size(folder)
+        path = self.open_index(folder).path
         untouched = path.stat().st_mtime_ns == self.modified
         if untouched and self.bytes > _ALWAYS_HASHED_BYTES:
             return
@@ -100,18 +155,32 @@ class Manifest:
     Attributes:
         folder: where the files are; not part of the description itself.
         spec: what was asked for, see ``make_spec``.
-        files: the files of each split.
+        files: of each split.
+        counts: images in the files, for each split.
+        class_names: for people, in the order of the labels.
+        class_ids: names of the class folders; ``class_names`` where there are none.
+        mean: per channel, of pixels in [0, 1]: the row's, else measured on the training images.
+        std: as ``mean``.
         class_histogram: images of each class, for each split.
-        fingerprint: SHA-256 of all labels and pixels, 64 hex digits; the same for every backend,
-            folder and tool version.
-        versions: of the tools that wrote the files.
+        quarantine: raw files that were left out.
+        notes: worth telling, one line each.
+        fingerprint: SHA-256 of all labels, sizes and stored bytes in order, 64 hex digits; the
+            same for the same content, whatever the folder and the number of processes.
+        versions: of what decided the bytes.
         reused: whether ``prepare`` found the files ready.
     """
 
     folder: Path
     spec: dict[str, Any]
-    files: dict[str, list[PreparedFile]]
+    files: dict[str, PreparedFile]
+    counts: dict[str, int]
+    class_names: tuple[str, ...]
+    class_ids: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     class_histogram: dict[str, list[int]]
+    quarantine: tuple[BadFile, ...]
+    notes: tuple[str, ...]
     fingerprint: str
     versions: dict[str, str]
     reused: bool = field(default=False, compare=False)
@@ -122,45 +191,35 @@ class Manifest:
         return self.spec["dataset"]
 
     @property
-    def backend(self) -> str:
-        """``ffcv`` or ``torch``."""
-        return self.spec["backend"]
+    def classes(self) -> int:
+        """How many."""
+        return len(self.class_names)
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Images of each split."""
-        return self.spec["counts"]
+    def image_size(self) -> int:
+        """Height and width in pixels as the network sees them."""
+        return self.spec["image_size"]
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
-        return tuple(self.spec["class_names"])
+    def channels(self) -> int:
+        """1 (gray) or 3 (red, green, blue)."""
+        return self.spec["channels"]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
-        height, width, channels = self.spec["image_shape"]
-        return height, width, channels
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, of pixels in [0, 1]."""
-        return tuple(self.spec["mean"])
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Per channel, of pixels in [0, 1]."""
-        return tuple(self.spec["std"])
+    def normalization(self) -> Normalization:
+        """Mean and deviation together."""
+        return Normalization(self.mean, self.std)
 
     @property
     def bytes(self) -> int:
         """Size of all files together."""
-        return sum(file.bytes for files in self.files.values() for file in files)
+        return sum(file.bytes for file in self.files.values())
 
     def to_json(self) -> str:
         """The content of ``manifest.json``, with a checksum over itself."""
         body = asdict(replace(self, folder=Path()))
         del body["folder"], body["reused"]
+        body["quarantine"] = [entry._asdict() for entry in self.quarantine]
         return json.dumps({**body, "checksum": digest_of(body)}, indent=1) + "\n"
 
     @classmethod
@@ -176,11 +235,11 @@ class Manifest:
             checksum = body.pop("checksum")
             if checksum != digest_of(body):
                 raise DataError(f"{path} was changed after it was written; {_rebuild(folder)}")
-            files = {
-                split: [PreparedFile(**file) for file in entries]
-                for split, entries in body.pop("files").items()
-            }
-            return cls(folder=folder, files=files, **body)
+            files = {name: PreparedFile(**file) for name, file in body.pop("files").items()}
+            quarantine = tuple(BadFile(**entry) for entry in body.pop("quarantine"))
+            tuples = ("class_names", "class_ids", "mean", "std", "notes")
+            body |= {key: tuple(body[key]) for key in tuples}
+            return cls(folder=folder, files=files, quarantine=quarantine, **body)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; {_rebuild(folder)}") from None
         except OSError as error:
@@ -201,9 +260,17 @@ class Manifest:
                     f"{self.folder / MANIFEST_NAME} says {key}={found!r} instead of {wanted!r}; "
                     f"{_rebuild(self.folder)}"
                 )
-        for files in self.files.values():
-            for file in files:
-                file.check(self.folder)
+        for file in self.files.values():
+            file.check(self.folder)
+
+
+def _index_sha256(index: Index) -> str:
+    first, last = int(index.pointers[0]), int(index.pointers[-1] + index.sizes[-1])
+    with index.path.open("rb") as file:
+        digest = hashlib.sha256(file.read(first))
+        file.seek(last)
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _rebuild(folder: Path) -> str:

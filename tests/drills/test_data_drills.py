@@ -1,4 +1,4 @@
-"""Data preparation and loading under kill -9, full disks, damaged files and hanging reads."""
+"""Data preparation under kill -9, full disks, interrupts and dying worker processes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 
-from data_prep import DataError, Loader, Manifest, loaders, make_loader, prepare
+from data_prep import DataError, Manifest, prepare
+from data_prep.datasets import Storage
+from tests.pictures import write_class_folders
 
-BACKENDS = ["ffcv", "torch"]
 SMALL = (2000, 300)
 
 KILLED_AT_STAGE = """
@@ -25,11 +26,10 @@ from pathlib import Path
 from data_prep import prepare
 
 def progress(stage, done, total):
-    if stage == sys.argv[3] and done > 0:
+    if stage == sys.argv[2] and done > 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-prepare("digits", prepared=Path(sys.argv[1]), backend=sys.argv[2], synthetic=(2000, 300),
-        progress=progress)
+prepare("digits", prepared=Path(sys.argv[1]), synthetic=(2000, 300), progress=progress)
 """
 
 
@@ -38,36 +38,48 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
-def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if "BetonEpoch" in type(thread).__name__]
-
-
 def test_a_preparer_killed_at_any_stage_leaves_nothing_that_the_next_one_trusts(
     tmp_path: Path,
 ) -> None:
-    stages = {
-        "ffcv": ["read", "write train", "verify train", "verify test"],
-        "torch": ["write test"],
-    }
     killed = {}
-    for backend, names in stages.items():
-        for stage in names:
-            prepared = tmp_path / f"{backend} {stage}"
-            killed[backend, prepared] = subprocess.Popen(
-                [sys.executable, "-c", KILLED_AT_STAGE, str(prepared), backend, stage]
-            )
+    for stage in ("write train", "verify train", "write test", "verify test"):
+        prepared = tmp_path / stage
+        killed[prepared] = subprocess.Popen(
+            [sys.executable, "-c", KILLED_AT_STAGE, str(prepared), stage]
+        )
     expected = prepare("digits", prepared=tmp_path / "whole", synthetic=SMALL).fingerprint
-    for (backend, prepared), process in killed.items():
+    for prepared, process in killed.items():
         assert process.wait(timeout=120) == -signal.SIGKILL
         assert [name.endswith(".partial") for name in left_over(prepared)] == [True]
-        manifest = prepare("digits", prepared=prepared, backend=backend, synthetic=SMALL)
+        manifest = prepare("digits", prepared=prepared, synthetic=SMALL)
         assert manifest.fingerprint == expected and not manifest.reused
         assert left_over(prepared) == [manifest.folder.name]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_killed_preparers_of_other_sets_left_is_removed_unless_one_still_works(
+    tmp_path: Path,
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_STAGE, str(tmp_path), "write train"], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL and len(left_over(tmp_path)) == 1
+    busy: list[str] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "write train" and done == 0 and not busy:
+            busy.extend(left_over(tmp_path))
+            prepare("mnist", prepared=tmp_path, synthetic=(20, 20))
+            assert set(busy) < set(left_over(tmp_path))
+
+    manifest = prepare("cifar10", prepared=tmp_path, synthetic=(20, 20), progress=progress)
+    assert [name.startswith("cifar10-") for name in busy] == [True]
+    names = sorted(left_over(tmp_path))
+    assert manifest.folder.name in names and len(names) == 2
+    assert not any(name.endswith(".partial") for name in names)
+
+
 def test_of_two_preparers_at_once_one_works_and_the_other_waits_and_says_so(
-    backend: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     waits, started = threading.Event(), threading.Event()
     told: list[str] = []
@@ -84,11 +96,7 @@ def test_of_two_preparers_at_once_one_works_and_the_other_waits_and_says_so(
             waits.set()
 
     def run(progress: Callable[[str, int, int], None]) -> None:
-        results.append(
-            prepare(
-                "digits", prepared=tmp_path, backend=backend, synthetic=SMALL, progress=progress
-            )
-        )
+        results.append(prepare("digits", prepared=tmp_path, synthetic=SMALL, progress=progress))
 
     first = threading.Thread(target=run, args=(first_progress,))
     first.start()
@@ -114,15 +122,37 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("small_disk", [64, 700, 1500, 2100, 2300], indirect=True)
-def test_a_full_disk_is_one_line_and_leaves_nothing(backend: str, small_disk: Path) -> None:
+@pytest.mark.parametrize("small_disk", [64, 2300, 8000], indirect=True)
+def test_too_small_a_disk_is_one_line_before_anything_is_written(small_disk: Path) -> None:
+    told: list[str] = []
     with pytest.raises(DataError) as caught:
-        prepare("digits", prepared=small_disk, backend=backend, synthetic=SMALL)
+        prepare(
+            "digits", prepared=small_disk, synthetic=SMALL, progress=lambda *e: told.append(e[0])
+        )
+    line = str(caught.value)
+    assert "cannot prepare digits: it takes about" in line and "MB free: make room" in line
+    assert "\n" not in line and not any(stage.startswith("write") for stage in told)
+    assert left_over(small_disk) == []
+
+
+@pytest.mark.parametrize("small_disk", [40_000], indirect=True)
+@pytest.mark.parametrize("room", [0, 64, 700, 2100, 2300])
+def test_a_disk_that_fills_up_on_the_way_is_one_line_and_leaves_nothing(
+    room: int, small_disk: Path
+) -> None:
+    ballast = small_disk / "ballast"
+
+    def fill(stage: str, done: int, total: int) -> None:
+        if stage == "write train" and not ballast.exists():
+            free = os.statvfs(small_disk)
+            ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - room * 1024)))
+
+    with pytest.raises(DataError) as caught:
+        prepare("digits", prepared=small_disk, synthetic=SMALL, progress=fill)
     line = str(caught.value)
     assert "cannot prepare digits" in line and "No space left on device" in line
     assert "\n" not in line
-    assert left_over(small_disk) == []
+    assert left_over(small_disk) == ["ballast"]
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -133,118 +163,75 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare("digits", prepared=tmp_path, synthetic=SMALL, progress=interrupt)
     assert left_over(tmp_path) == []
-    assert loader_threads() == []
 
 
-@pytest.fixture
-def beton(tmp_path: Path) -> Manifest:
-    return prepare("digits", prepared=tmp_path, synthetic=SMALL)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with so many images that processes share the work: links to a few files."""
+    folder = write_class_folders(tmp_path_factory.mktemp("raw") / "pets", train=4, val=2)
+    for name in ("cat", "dog"):
+        for number in range(4, 3000):
+            link = folder / "train" / name / f"{number:04}.jpg"
+            link.symlink_to(folder / "train" / name / f"{number % 4:03}.jpg")
+    return folder
 
 
-def in_order(manifest: Manifest) -> Loader:
-    return make_loader(manifest, "train", batch_size=100, training=False)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_file_cut_after_its_preparation_is_not_opened(backend: str, tmp_path: Path) -> None:
-    manifest = prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
-    path = manifest.folder / manifest.files["train"][0].name
-    os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(DataError, match=rf"{path} has \d+ bytes instead of \d+; delete the folder"):
-        in_order(manifest)
-
-
-def test_an_error_in_the_loader_thread_is_raised_in_the_consumer_with_its_step(
-    beton: Manifest,
-) -> None:
-    loader = in_order(beton)
-    # FFCV maps the file at the first epoch: what is gone by then cannot be decoded.
-    path = beton.folder / "train.beton"
-    first_page = 1 << 21
-    os.truncate(path, first_page + 1024 * 750)
-    seen = 0
-    with (
-        pytest.raises(DataError, match=r"step 7 of epoch 2: IndexError: .*out of bounds") as caught,
-        loader.epoch(2) as batches,
-    ):
-        for _ in batches:
-            seen += 1
-    assert seen == 7
-    assert isinstance(caught.value.__cause__, IndexError)
-    assert loader_threads() == []
-
-
-def test_a_read_that_hangs_is_an_error_with_its_step(
-    beton: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaders, "BATCH_TIMEOUT", 1.5)
-    monkeypatch.setattr(loaders, "_JOIN_TIMEOUT", 0.5)
-    loader = in_order(beton)
-    assert isinstance(loader._reader, loaders.BetonReader)
-    ffcv_loader = loader._reader._loader
-    (((decode, defined),), outputs) = ffcv_loader.code
-    released = threading.Event()
-    calls = 0
-
-    def hanging(**arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 3:
-            released.wait(timeout=60)
-        return decode(**arguments)
-
-    ffcv_loader.code = ([(hanging, defined)], outputs)
-    started = time.monotonic()
-    with (
-        pytest.raises(DataError, match=r"step 3 of epoch 0: no batch came in 1\.5 s"),
-        loader.epoch(0) as batches,
-    ):
-        list(batches)
-    assert time.monotonic() - started < 10
-    released.set()
-    for thread in loader_threads():
-        thread.join(timeout=10)
-    assert loader_threads() == []
-
-
-def test_fifty_abandoned_epochs_leave_no_thread_and_no_open_file(beton: Manifest) -> None:
-    loader = in_order(beton)
-    with loader.epoch(0) as batches:  # maps the file, once and for all
-        next(batches)
-    threads = threading.active_count()
-    files = len(list(Path("/proc/self/fd").iterdir()))
-    started = time.monotonic()
-    for epoch in range(50):
-        with loader.epoch(epoch) as batches:
-            for _ in range(epoch % 4):
-                next(batches)
-    assert threading.active_count() == threads
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
-    assert time.monotonic() - started < 15
-
-
-def test_an_exception_in_the_training_step_ends_the_loader_thread(beton: Manifest) -> None:
-    with pytest.raises(ZeroDivisionError), in_order(beton).epoch(0) as batches:
-        for _ in batches:
-            raise ZeroDivisionError
-    assert loader_threads() == []
-
-
-def test_reading_changes_no_setting_of_a_fresh_process(beton: Manifest) -> None:
-    code = f"""
-import pathlib, torch
-torch.set_num_threads(3)
-from data_prep import Manifest, make_loader
-manifest = Manifest.read(pathlib.Path({str(beton.folder)!r}))
-loader = make_loader(manifest, "train", batch_size=100, training=True)
-with loader.epoch(0) as batches:
-    next(batches)
-    counts = [torch.get_num_threads()]
-import numba
-print(counts[0], torch.get_num_threads(), numba.config.DISABLE_JIT)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+def begin(pictures: Path, prepared: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """``python -m data_prep`` in the middle of its work, and its worker processes."""
+    command = [sys.executable, "-m", "data_prep", "folder", f"raw={pictures}"]
+    process = subprocess.Popen(
+        [*command, f"prepared={prepared}", "processes=2", "side=32"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert done.stdout.split() == ["3", "3", "0"]
-    assert done.stderr == ""
+    deadline = time.monotonic() + 60
+    while True:
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        written = list(prepared.glob("*.partial/train.beton"))
+        if len(workers) == 2 and written and written[0].stat().st_size > 0:
+            return process, children
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("how", ["worker killed", "interrupt", "terminate"])
+def test_a_preparer_that_is_stopped_ends_in_seconds_and_leaves_nothing(
+    how: str, pictures: Path, tmp_path: Path
+) -> None:
+    process, children = begin(pictures, tmp_path)
+    if how == "worker killed":
+        children[-1].kill()
+    elif how == "interrupt":  # as a terminal sends it, to parent and workers alike
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
+    out, error = process.communicate(timeout=10)
+    assert out == "" and error.count("\n") == 1
+    if how == "worker killed":
+        assert process.returncode == 2 and error.startswith("error: a worker process was killed")
+    else:
+        assert process.returncode == 130 and error == "interrupted: nothing is left behind\n"
+    assert left_over(tmp_path) == []
+    psutil.wait_procs(children, timeout=5)
+    assert all(is_gone(child) for child in children)
+
+
+def test_workers_of_a_killed_preparer_die_and_the_next_one_starts_afresh(
+    pictures: Path, tmp_path: Path
+) -> None:
+    process, children = begin(pictures, tmp_path)
+    process.kill()
+    process.communicate(timeout=10)
+    psutil.wait_procs(children, timeout=5)
+    assert all(is_gone(child) for child in children)
+    assert [name.endswith(".partial") for name in left_over(tmp_path)] == [True]
+    manifest = prepare("folder", raw=pictures, prepared=tmp_path, storage=Storage(side=32))
+    assert manifest.counts == {"train": 6000, "test": 4}
+    assert left_over(tmp_path) == [manifest.folder.name]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import Manifest, prepare
+from tests.pictures import write_class_folders
 
 
 @pytest.fixture(scope="session")
@@ -17,17 +18,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prepared")
 
 
-@pytest.fixture(scope="session", params=["ffcv", "torch"])
-def digits(request: pytest.FixtureRequest, prepared: Path) -> Manifest:
-    return prepare("digits", prepared=prepared, backend=request.param)
+@pytest.fixture(scope="session")
+def digits(prepared: Path) -> Manifest:
+    return prepare("digits", prepared=prepared)
 
 
 @pytest.fixture(scope="session")
-def digits_of_both(prepared: Path) -> tuple[Manifest, Manifest]:
-    return (
-        prepare("digits", prepared=prepared, backend="ffcv"),
-        prepare("digits", prepared=prepared, backend="torch"),
-    )
+def photographs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """JPEGs of many sizes in two classes: 48 to train with, 12 to test."""
+    raw = write_class_folders(tmp_path_factory.mktemp("pictures"))
+    return prepare("folder", raw=raw, prepared=prepared)
 
 
 @pytest.fixture

@@ -1,195 +1,293 @@
 from __future__ import annotations
 
-import json
+import io
 import os
-import pickle
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
 
-from data_prep import DataError, Manifest, convert, get_dataset, loaders, plan, prepare
-from data_prep import manifest as prepared_files
-from data_prep.__main__ import main
-from data_prep.convert import Progress
-from data_prep.datasets import one_line_for_os_errors
-from data_prep.loaders import open_split
-from data_prep.sources import Split, read
+from data_prep import DataError, Manifest, convert, get_dataset, images, plan, prepare
+from data_prep.beton import JPG
+from data_prep.datasets import Storage, one_line_for_os_errors
+from data_prep.sources import generate
+from tests.pictures import picture, write_class_folders
 
-BACKENDS = ["ffcv", "torch"]
 SMALL = (70, 30)
+AS_PIXELS = Storage(side=None, format="raw")
 
 
-def test_labels_and_pixels_read_back_are_those_of_the_source(
-    digits: Manifest, tmp_path: Path
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("raw") / "pets")
+
+
+def read_back(manifest: Manifest, split: str) -> tuple[list[np.ndarray], list[int]]:
+    """Images of a prepared split, decoded by Pillow, and labels."""
+    index = manifest.files[split].open_index(manifest.folder)
+    content = index.path.read_bytes()
+    images = []
+    for number in range(len(index)):
+        start = int(index.pointers[number])
+        data = content[start : start + int(index.sizes[number])]
+        if index.modes[number] == JPG:
+            images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        else:
+            shape = (index.heights[number], index.widths[number], index.channels)
+            images.append(np.frombuffer(data, np.uint8).reshape(shape))
+    return images, index.labels.tolist()
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "tolerance"),
+    [
+        (AS_PIXELS, 0),
+        (Storage(side=None), 0),
+        (Storage(side=None, passthrough=False, quality=95), 12),
+        (Storage(side=None, format="mixed"), 0),
+    ],
+)
+def test_class_folders_come_back_with_the_pixels_and_labels_of_torchvision(
+    storage: Storage, tolerance: int, folders: Path, tmp_path: Path
 ) -> None:
-    source = read(get_dataset("digits"), None, tmp_path)
-    for split in ("train", "test"):
-        reader = open_split(digits, split, batch_size=100)
-        images = [batch.copy() for batch in reader.read(np.arange(len(reader.labels)))]
-        assert np.array_equal(np.concatenate(images), source[split].images)
-        assert np.array_equal(reader.labels, source[split].labels)
+    manifest = prepare("folder", raw=folders, prepared=tmp_path, storage=storage)
+    for split, source in (("train", "train"), ("test", "val")):
+        images, labels = read_back(manifest, split)
+        expected = ImageFolder(str(folders / source))
+        assert labels == expected.targets
+        for image, (shown, _) in zip(images, expected, strict=True):
+            assert np.abs(image.astype(int) - np.asarray(shown)).max() <= tolerance
+    assert manifest.class_names == ("cat", "dog") and manifest.classes == 2
+    assert manifest.counts == {"train": 48, "test": 12}
+    assert manifest.class_histogram == {"train": [24, 24], "test": [6, 6]}
 
 
-def test_the_manifest_says_what_is_there(digits: Manifest) -> None:
-    assert digits.dataset == "digits" and digits.counts == {"train": 1437, "test": 360}
-    assert digits.image_shape == (32, 32, 1) and len(digits.class_names) == 10
-    assert sum(digits.class_histogram["train"]) == 1437
-    assert digits.bytes == sum(
-        path.stat().st_size for path in digits.folder.iterdir() if path.name != "manifest.json"
+def test_larger_images_are_reduced(folders: Path, tmp_path: Path) -> None:
+    manifest = prepare("folder", raw=folders, prepared=tmp_path, storage=Storage(side=48))
+    images, _ = read_back(manifest, "train")
+    for image, (shown, _) in zip(images, ImageFolder(str(folders / "train")), strict=True):
+        fitting = ImageOps.contain(shown, (48, 48)) if max(shown.size) > 48 else shown
+        assert np.abs(np.array(image.shape[1::-1]) - fitting.size).max() <= 1
+        assert max(image.shape[:2]) == max(fitting.size)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet16"])
+def test_arrays_come_back_pixel_by_pixel(name: str, tmp_path: Path) -> None:
+    manifest = prepare(name, prepared=tmp_path, synthetic=SMALL)
+    for split, source in generate(get_dataset(name), SMALL).items():
+        images, labels = read_back(manifest, split)
+        assert np.array_equal(images, source.images) and labels == source.labels.tolist()
+
+
+def test_the_number_of_processes_and_the_folder_change_nothing(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "_FEW", 10)
+    storage = Storage(side=60, format="mixed")
+    alone, shared = (
+        prepare("folder", raw=folders, prepared=tmp_path / name, storage=storage, processes=count)
+        for name, count in (("alone", 1), ("shared", 3))
     )
-    assert pickle.loads(pickle.dumps(digits)) == digits
-    assert Manifest.read(digits.folder) == digits
+    assert alone.fingerprint == shared.fingerprint
+    assert (alone.mean, alone.std) == (shared.mean, shared.std)
+    for split in ("train", "test"):
+        files = (manifest.folder / f"{split}.beton" for manifest in (alone, shared))
+        assert next(files).read_bytes() == next(files).read_bytes()
 
 
-def test_both_backends_have_the_same_fingerprint(
-    digits_of_both: tuple[Manifest, Manifest],
+def test_mean_and_deviation_are_those_of_all_training_pixels(folders: Path, tmp_path: Path) -> None:
+    manifest = prepare("folder", raw=folders, prepared=tmp_path, storage=AS_PIXELS)
+    images = [np.asarray(image).reshape(-1, 3) for image, _ in ImageFolder(str(folders / "train"))]
+    pixels = np.concatenate(images) / 255
+    assert manifest.mean == pytest.approx(pixels.mean(0), rel=1e-12)
+    assert manifest.std == pytest.approx(pixels.std(0), rel=1e-9)
+
+
+def test_what_could_not_be_checked_without_ffcv_is_noted(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beton, arrays = digits_of_both
-    assert beton.fingerprint == arrays.fingerprint
-    assert beton.folder != arrays.folder
+    expected = prepare("folder", raw=folders, prepared=tmp_path / "with")
+    monkeypatch.setattr(images, "_turbo", lambda: None)
+    manifest = prepare("folder", raw=folders, prepared=tmp_path / "without")
+    assert manifest.fingerprint == expected.fingerprint
+    assert any("damage in the middle of a JPEG was not looked for" in it for it in manifest.notes)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prepared_files_are_reused_untouched(backend: str, tmp_path: Path) -> None:
-    first = prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
+def test_images_of_a_single_color_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20), "gray").save(tmp_path / split / name / "0.png")
+    with pytest.raises(DataError, match="all training images have one color"):
+        prepare("folder", raw=tmp_path, prepared=tmp_path / "prepared")
+    assert left_over(tmp_path / "prepared") == []
+
+
+def damaged_copy(folders: Path, target: Path, count: int) -> list[Path]:
+    """A copy with so many bad training images, spread over the classes."""
+    shutil.copytree(folders, target)
+    bad = [target / "train" / ("cat", "dog")[i % 2] / f"{3 * i + 1:03}.jpg" for i in range(count)]
+    for number, path in enumerate(bad):
+        content = path.read_bytes()
+        path.write_bytes([b"", b"text", content[: len(content) // 2]][number % 3])
+    return bad
+
+
+def test_bad_images_are_left_out_and_listed_and_the_rest_stays_in_step(
+    folders: Path, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    bad = damaged_copy(folders, raw, 3)
+    manifest = prepare(
+        "folder", raw=raw, prepared=tmp_path / "new", storage=AS_PIXELS, bad_share=0.1
+    )
+    assert sorted(file.name for file in manifest.quarantine) == sorted(map(str, bad))
+    assert {file.split for file in manifest.quarantine} == {"train"}
+    reasons = {file.reason for file in manifest.quarantine}
+    assert {"the file is empty"} < reasons and len(reasons) == 3
+    assert manifest.counts == {"train": 45, "test": 12}
+    whole = ImageFolder(str(folders / "train"))
+    names = {str(path.relative_to(raw)) for path in bad}
+    kept = [
+        number
+        for number, (path, _) in enumerate(whole.samples)
+        if str(Path(path).relative_to(folders)) not in names
+    ]
+    images, labels = read_back(manifest, "train")
+    assert labels == [whole.targets[number] for number in kept]
+    for image, number in zip(images, kept, strict=True):
+        assert np.array_equal(image, np.asarray(whole[number][0]))
+    assert manifest == Manifest.read(manifest.folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "bad_share", "is_allowed"),
+    [(1, 0.001, True), (1, 0.0, False), (2, 0.001, False), (4, 0.1, True), (5, 0.1, False)],
+)
+def test_too_many_bad_images_stop_the_run(
+    count: int, bad_share: float, is_allowed: bool, folders: Path, tmp_path: Path
+) -> None:
+    raw, prepared = tmp_path / "raw", tmp_path / "new"
+    bad = damaged_copy(folders, raw, count)
+    if is_allowed:
+        assert len(prepare("folder", raw=raw, prepared=prepared, bad_share=bad_share).quarantine)
+        return
+    with pytest.raises(DataError) as caught:
+        prepare("folder", raw=raw, prepared=prepared, bad_share=bad_share)
+    line = str(caught.value)
+    assert f"more than data.bad_share={bad_share:g} of all" in line and "\n" not in line
+    assert line.startswith(f"{count} of the first ") and str(bad[0]) in line
+    assert left_over(prepared) == []
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_prepared_files_are_reused_untouched(name: str, folders: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"raw": folders} if name == "folder" else {"synthetic": SMALL}
+    first = prepare(name, prepared=tmp_path, **options)
     times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    second = prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
+    second = prepare(name, prepared=tmp_path, **options)
     assert not first.reused and second.reused and first == second
     assert times == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
 
 
-def test_another_spec_gets_another_folder(tmp_path: Path) -> None:
-    row = get_dataset("digits")
-    small = prepare(row, prepared=tmp_path, backend="torch", synthetic=SMALL)
-    larger = prepare(row, prepared=tmp_path, backend="torch", synthetic=(71, 30))
-    scaled = prepare(replace(row, mean=(0.1,)), prepared=tmp_path, backend="torch", synthetic=SMALL)
-    assert len({small.folder, larger.folder, scaled.folder}) == 3
-    assert small.fingerprint == scaled.fingerprint != larger.fingerprint
+def test_whatever_decides_the_content_decides_the_folder(folders: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(folders, raw)
+
+    def folder(**options: Any) -> Path:
+        return plan("folder", raw=raw, prepared=tmp_path, **options).folder
+
+    found = {folder()}
+    for storage in (Storage(side=300), Storage(side=400, quality=80), Storage(format="raw")):
+        found.add(folder(storage=storage))
+    found.add(folder(max_per_class=3))
+    picture(1, 20, 20).save(raw / "train" / "cat" / "new.png")
+    found.add(folder())
+    picture(2, 21, 20).save(raw / "train" / "cat" / "new.png")
+    found.add(folder())
+    assert len(found) == 7
+    (raw / "train" / "cat" / "new.png").unlink()
+    assert folder() in found
+    mnist = get_dataset("mnist")
+    others = {
+        plan(mnist, prepared=tmp_path, synthetic=(70, 30)).folder,
+        plan(mnist, prepared=tmp_path, synthetic=(71, 30)).folder,
+        plan(mnist, prepared=tmp_path).folder,
+        plan(mnist, prepared=tmp_path, check_raw=False).folder,
+        plan(replace(mnist, image_size=32), prepared=tmp_path).folder,
+    }
+    assert len(others) == 5
 
 
-def damage_cut(manifest: Manifest) -> str:
-    path = manifest.folder / manifest.files["train"][0].name
-    os.truncate(path, path.stat().st_size // 2)
-    return f"{path} has "
-
-
-def damage_bit(manifest: Manifest) -> str:
-    path = manifest.folder / manifest.files["train"][0].name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 4
-    path.write_bytes(content)
-    return f"{path} was changed"
-
-
-def damage_bit_with_old_time(manifest: Manifest) -> str:
-    path = manifest.folder / manifest.files["test"][0].name
-    status = path.stat()
-    line = damage_bit(replace(manifest, files={"train": manifest.files["test"]}))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    return line
-
-
-def damage_missing(manifest: Manifest) -> str:
-    path = manifest.folder / manifest.files["test"][0].name
-    path.unlink()
-    return f"{path} is missing"
-
-
-def damage_manifest_edited(manifest: Manifest) -> str:
-    path = manifest.folder / "manifest.json"
-    content = json.loads(path.read_text())
-    content["spec"]["counts"]["train"] += 1
-    path.write_text(json.dumps(content))
-    return f"{path} was changed"
-
-
-def damage_manifest_of_another_set(manifest: Manifest) -> str:
-    other = prepare(
-        "mnist", prepared=manifest.folder.parent, backend=manifest.backend, synthetic=SMALL
-    )
-    path = manifest.folder / "manifest.json"
-    shutil.copy(other.folder / "manifest.json", path)
-    return f"{path} says dataset='mnist' instead of 'digits'"
-
-
-def damage_manifest_garbage(manifest: Manifest) -> str:
-    path = manifest.folder / "manifest.json"
-    path.write_text("[1, 2")
-    return f"{path} is not a manifest"
-
-
-def damage_manifest_missing(manifest: Manifest) -> str:
-    path = manifest.folder / "manifest.json"
-    path.unlink()
-    return f"{path} is missing"
-
-
-DAMAGES = [
-    damage_cut,
-    damage_bit,
-    damage_bit_with_old_time,
-    damage_missing,
-    damage_manifest_edited,
-    damage_manifest_of_another_set,
-    damage_manifest_garbage,
-    damage_manifest_missing,
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_line_that_names_the_file_and_the_remedy(
-    damage: Callable[[Manifest], str], backend: str, tmp_path: Path
-) -> None:
-    manifest = prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
-    expected = damage(manifest)
-    with pytest.raises(DataError) as caught:
-        prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
-    line = str(caught.value)
-    assert line.startswith(expected) and "\n" not in line
-    assert f"delete the folder {manifest.folder}" in line
-    shutil.rmtree(manifest.folder)  # the remedy works
-    again = prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
-    assert again.fingerprint == manifest.fingerprint and not again.reused
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_plan_writes_nothing_and_tells_names_and_sizes(backend: str, tmp_path: Path) -> None:
+def test_a_plan_writes_nothing_and_tells_names_and_sizes(folders: Path, tmp_path: Path) -> None:
     prepared = tmp_path / "new"
-    planned = plan("digits", prepared=prepared, backend=backend)
-    assert not prepared.exists() and not planned.ready
-    manifest = prepare("digits", prepared=prepared, backend=backend)
-    sizes = {file.name: file.bytes for files in manifest.files.values() for file in files}
-    assert planned.folder == manifest.folder
-    assert planned.files == pytest.approx(sizes, rel=0.01)
-    ready = plan("digits", prepared=prepared, backend=backend)
-    assert ready.ready and ready.files == sizes
+    for name, raw, tolerance in (("digits", None, 0.01), ("folder", folders, 1.0)):
+        planned = plan(name, raw=raw, prepared=prepared)
+        assert not planned.ready and not planned.folder.exists()
+        manifest = prepare(name, raw=raw, prepared=prepared)
+        sizes = {file.name: file.bytes for file in manifest.files.values()}
+        assert planned.folder == manifest.folder
+        assert planned.files == pytest.approx(sizes, rel=tolerance)
+        ready = plan(name, raw=raw, prepared=prepared)
+        assert ready.ready and ready.files == sizes
 
 
-def test_a_plan_says_where_raw_data_comes_from(tmp_path: Path) -> None:
-    raw = tmp_path / "mnist" / "MNIST" / "raw"
-    missing = plan("mnist", root=tmp_path, prepared=tmp_path)
-    assert missing.source == f"a download of 12 MB to {tmp_path / 'mnist'}"
-    raw.mkdir(parents=True)
-    for name in get_dataset("mnist").raw_files:
-        (tmp_path / "mnist" / name).touch()
-    assert plan("mnist", root=tmp_path, prepared=tmp_path).source == str(tmp_path / "mnist")
-    assert plan("digits", prepared=tmp_path).source == "an installed package"
-
-
-def test_progress_tells_the_stages_in_order_and_ends_each(tmp_path: Path) -> None:
+def test_progress_tells_the_stages_in_order_and_ends_each(folders: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    prepare("digits", prepared=tmp_path, progress=lambda *event: told.append(event))
+    prepare("folder", raw=folders, prepared=tmp_path, progress=lambda *event: told.append(event))
     stages = list(dict.fromkeys(stage for stage, _, _ in told))
-    assert stages == ["read", "write train", "write test", "verify train", "verify test"]
-    for stage in stages:
+    assert stages[-4:] == ["write train", "verify train", "write test", "verify test"]
+    for stage in stages[-4:]:
         done = [(done, total) for name, done, total in told if name == stage]
-        assert done[-1][0] == done[-1][1] and done == sorted(done)
+        assert done[-1][0] == done[-1][1] == (48 if "train" in stage else 12)
+        assert done == sorted(done)
+
+
+@pytest.mark.parametrize("work", [prepare, plan])
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("digit", {}, "unknown data set 'digit': did you mean 'digits'?"),
+        ("digits", {"synthetic": (5, 0)}, "each split needs at least 1"),
+        ("digits", {"synthetic": (-1, 5)}, "each split needs at least 1"),
+        ("folder", {"synthetic": (5, 5)}, "it has no classes of its own"),
+        ("cifar10", {"storage": Storage()}, "have no effect on cifar10"),
+        ("imagenet", {"storage": Storage(side=2)}, "data.side=2: at least 32 pixels"),
+        ("imagenet", {"storage": Storage(quality=0)}, "data.quality=0: valid are 10 to 100"),
+        ("imagenet", {"max_per_class": 0}, "data.max_per_class=0"),
+        ("imagenet", {"raw": Path("/no/such/place")}, "/no/such/place does not exist"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_write_nothing(
+    work: Callable[..., object],
+    name: str,
+    options: dict[str, object],
+    line: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError) as caught:
+        work(name, prepared=tmp_path / "new", **options)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"bad_share": 1.5}, {"bad_share": -0.1}, {"processes": 0}])
+def test_shares_and_processes_out_of_range_are_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"data\.(bad_share|processes)="):
+        prepare("digits", prepared=tmp_path, **options)
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -220,24 +318,39 @@ def test_a_folder_that_cannot_be_looked_into_is_one_line(
     message = f"^cannot prepare digits: {locked}/.*: Permission denied$"
     with without_root(), pytest.raises(DataError, match=message):
         work("digits", prepared=locked / "prepared", synthetic=SMALL)
-    message = f"^cannot prepare mnist: {locked}/.*: Permission denied$"
-    with without_root(), pytest.raises(DataError, match=message):
-        work("mnist", prepared=public_folder, root=locked)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prepared_file_that_cannot_be_read_is_one_line(
-    backend: str, public_folder: Path, without_root: OrdinaryUser
+    public_folder: Path, without_root: OrdinaryUser
 ) -> None:
-    manifest = prepare("digits", prepared=public_folder, backend=backend, synthetic=SMALL)
-    path = manifest.folder / manifest.files["test"][0].name
+    manifest = prepare("digits", prepared=public_folder, synthetic=SMALL)
+    path = manifest.folder / "test.beton"
     path.chmod(0)
     message = f"^cannot prepare digits: {path}: Permission denied$"
     with without_root(), pytest.raises(DataError, match=message):
-        prepare("digits", prepared=public_folder, backend=backend, synthetic=SMALL)
+        prepare("digits", prepared=public_folder, synthetic=SMALL)
 
 
-def test_an_error_without_a_reason_of_the_system_says_its_own(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_a_bad_one(
+    folders: Path, public_folder: Path, without_root: OrdinaryUser
+) -> None:
+    raw = public_folder / "raw"
+    shutil.copytree(folders, raw)
+    raw.chmod(0o777)
+    locked = raw / "train" / "dog" / "003.jpg"
+    locked.chmod(0)
+    with without_root():
+        manifest = prepare("folder", raw=raw, prepared=public_folder / "new")
+    (bad,) = manifest.quarantine
+    assert bad == ("train", str(locked), "cannot be read: Permission denied")
+
+
+def test_an_error_of_the_system_names_its_own_file_or_the_place(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match=f"^cannot read: {tmp_path}/none: No such file"),
+        one_line_for_os_errors("cannot read", tmp_path),
+    ):
+        (tmp_path / "none").read_bytes()
     with (
         pytest.raises(DataError, match=f"^cannot read: {tmp_path}: not seekable$"),
         one_line_for_os_errors("cannot read", tmp_path),
@@ -245,131 +358,16 @@ def test_an_error_without_a_reason_of_the_system_says_its_own(tmp_path: Path) ->
         raise OSError("not seekable")
 
 
-@pytest.mark.parametrize("work", [prepare, plan])
-@pytest.mark.parametrize("counts", [(0, 0), (5, 0), (-1, 5)])
-def test_a_split_without_images_is_refused(
-    counts: tuple[int, int], work: Callable[..., object], tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=r"cannot generate .* each split needs at least 1"):
-        work("digits", prepared=tmp_path, synthetic=counts)
-    assert list(tmp_path.iterdir()) == []
-
-
-Writer = Callable[[Path, str, Split, Progress], list[Path]]
-WRITERS = {"ffcv": "_write_beton", "torch": "_write_arrays"}
-
-
-def wrong_pixel(split: Split) -> Split:
-    images = split.images.copy()
-    images[-1, -1, -1, -1] ^= 1
-    return Split(images, split.labels)
-
-
-def wrong_label(split: Split) -> Split:
-    labels = split.labels.copy()
-    labels[-1] ^= 1
-    return Split(split.images, labels)
-
-
-def one_missing(split: Split) -> Split:
-    return Split(split.images[:-1], split.labels[:-1])
-
-
-def one_image_missing(split: Split) -> Split:
-    return Split(split.images[:-1], split.labels)
-
-
-def let_write(monkeypatch: pytest.MonkeyPatch, backend: str, fault: Callable[[Split], Split]):
-    """Let the real writer of a backend write something else than it was given."""
-    writer: Writer = getattr(convert, WRITERS[backend])
-
-    def faulty(folder: Path, name: str, split: Split, tell: Progress) -> list[Path]:
-        return writer(folder, name, fault(split), tell)
-
-    monkeypatch.setattr(convert, WRITERS[backend], faulty)
-
-
-@pytest.mark.parametrize(
-    ("backend", "fault", "line"),
-    [
-        ("ffcv", wrong_pixel, "train.beton: images 0 to 69 read back are not those written"),
-        ("torch", wrong_pixel, "train-images.npy: images 0 to 69 read back are not those written"),
-        ("ffcv", wrong_label, "train.beton: the labels read back are not those"),
-        ("torch", wrong_label, "train-images.npy: the labels read back are not those"),
-        ("ffcv", one_missing, "train.beton: the labels read back are not those"),
-        ("torch", one_missing, "train-images.npy: the labels read back are not those"),
-        ("torch", one_image_missing, "train-images.npy has 69 images for 70 labels"),
-    ],
-)
-def test_what_a_writer_wrote_wrong_is_found_and_nothing_is_left(
-    backend: str,
-    fault: Callable[[Split], Split],
-    line: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    let_write(monkeypatch, backend, fault)
-    with pytest.raises(DataError, match=line):
-        prepare("digits", prepared=tmp_path, backend=backend, synthetic=SMALL)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_reader_that_ends_early_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class ShortReader(loaders.ArrayReader):
-        def read(self, order: loaders.Indices) -> Generator[loaders.Images]:
-            return super().read(order[:-1])
-
-    monkeypatch.setattr(loaders, "ArrayReader", ShortReader)
-    with pytest.raises(DataError, match="69 images could be read back instead of 70"):
-        prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL)
-
-
-def test_large_splits_are_verified_by_samples_over_all_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(convert, "_FULLY_VERIFIED_BYTES", 1 << 16)
-    monkeypatch.setattr(convert, "_VERIFIED_SAMPLES", 7)
-    told: dict[str, int] = {}
-    prepare(
-        "digits",
-        prepared=tmp_path / "right",
-        backend="torch",
-        synthetic=SMALL,
-        progress=lambda stage, done, total: told.update({stage: total}),
-    )
-    assert told["verify train"] == 7  # 70 images of 1,024 bytes are more than 64 KiB
-    assert told["verify test"] == 30  # 30 are not
-    let_write(monkeypatch, "torch", wrong_pixel)  # of the last image, which is a sample
-    with pytest.raises(DataError, match="images 0 to 69 read back are not those written"):
-        prepare("digits", prepared=tmp_path / "wrong", backend="torch", synthetic=SMALL)
-
-
-def test_a_large_file_is_hashed_again_only_when_its_time_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL)
-    path = manifest.folder / manifest.files["test"][0].name
-    line = damage_bit_with_old_time(manifest)
-    monkeypatch.setattr(prepared_files, "_ALWAYS_HASHED_BYTES", path.stat().st_size - 1)
-    assert prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL).reused
-    os.utime(path)
-    with pytest.raises(DataError, match=line):
-        prepare("digits", prepared=tmp_path, backend="torch", synthetic=SMALL)
-
-
-def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="unknown data backend 'fcv': valid are ffcv, torch"):
-        prepare("digits", prepared=tmp_path, backend="fcv")
-
-
-def test_the_command_prepares_and_reports_errors_with_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["data_prep", "digits", "--prepared", str(tmp_path)])
-    assert main() == 0
-    assert "1437 train, 360 test images, written and verified" in capsys.readouterr().out
-    assert main() == 0
-    assert "already prepared" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["data_prep", "digit", "--prepared", str(tmp_path)])
-    assert main() == 2
-    assert capsys.readouterr().err == "error: unknown data set 'digit': did you mean 'digits'?\n"
+@pytest.mark.skipif("TERNFORGE_DATA" not in os.environ, reason="needs the folder of raw data")
+def test_real_photographs_come_back_as_torchvision_shows_them(tmp_path: Path) -> None:
+    archive = Path(os.environ["TERNFORGE_DATA"]) / "imagenet-sample/imagenette-224-subset.tar"
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    (raw,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    storage = Storage(passthrough=False)
+    manifest = prepare("folder", raw=raw, prepared=tmp_path / "new", storage=storage, processes=1)
+    images, labels = read_back(manifest, "test")
+    expected = ImageFolder(str(raw / "val"))
+    assert labels == expected.targets and manifest.quarantine == ()
+    for image, (shown, _) in zip(images, expected, strict=True):
+        error = np.mean((image.astype(float) - np.asarray(shown)) ** 2)
+        assert 10 * np.log10(255**2 / error) > 24
