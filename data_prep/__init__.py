@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from data_prep.loaders import make_loader as make_loader
     from data_prep.manifest import Manifest as Manifest
     from data_prep.manifest import ffcv_available as ffcv_available
-    from data_prep.readers import choose_cache as choose_cache
+    from data_prep.reading.readers import choose_cache as choose_cache
     from data_prep.sources import look as look
     from data_prep.sources import raw_place as raw_place
 
@@ -42,7 +42,7 @@ _HOME = {
     "Reading": "loaders",
     "Resolution": "augment",
     "View": "augment",
-    "choose_cache": "readers",
+    "choose_cache": "reading.readers",
     "ffcv_available": "manifest",
     "get_dataset": "datasets",
     "look": "sources",

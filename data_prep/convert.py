@@ -17,7 +17,6 @@ from PIL import features
 from data_prep import sources
 from data_prep.beton import PAGE_BYTES
 from data_prep.datasets import DataError, Dataset, Storage, one_line_for_os_errors
-from data_prep.images import has_strict_decoder
 from data_prep.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -25,16 +24,17 @@ from data_prep.manifest import (
     PreparedFile,
     digest_of,
 )
-from data_prep.request import (
+from data_prep.preparing.images import has_strict_decoder
+from data_prep.preparing.request import (
     Request,
     expected_bytes,
     expected_counts,
     make_request,
 )
-from data_prep.splits import ArraySplit, EncodedSplit, Progress, Raw
-from data_prep.verification import verify_arrays, verify_files
-from data_prep.workers import Workers
-from data_prep.writing import Written, estimate_bytes, write_arrays, write_files
+from data_prep.preparing.verification import verify_arrays, verify_files
+from data_prep.preparing.workers import Workers
+from data_prep.preparing.writing import Written, estimate_bytes, write_arrays, write_files
+from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress, Raw
 
 #: Fewer images are faster done in this process than others are started.
 _FEW = 1000
@@ -163,6 +163,8 @@ def prepare(
     )
     with one_line_for_os_errors(f"cannot prepare {request.row.name}", request.folder.parent):
         if not request.folder.exists():
+            if request.synthetic is None:
+                sources.check_place(request.row, request.place)
             with _only_one(request.folder, request.row.name, tell):
                 if not request.folder.exists():
                     return _make(request, bad_share, processes or _cores(), tell)

@@ -39,7 +39,7 @@ class Download(NamedTuple):
         path: below the data set's raw folder, where the file belongs.
         urls: tried in this order.
         md5: of the file, 32 hex digits; None where its maker publishes none.
-        bytes: its size, for people.
+        bytes: its size; 0 where it is not known.
     """
 
     path: str
@@ -60,10 +60,10 @@ class Storage:
     """How images of many sizes are kept in the prepared file.
 
     Attributes:
-        side: of an image that is larger, the longer side is reduced to so many pixels; None keeps
-            every image as large as it is.
+        side: of an image that is larger, the longer side is reduced to so many pixels, at least
+            32; None keeps every image as large as it is.
         format: ``jpg``, ``raw`` (pixels), or ``mixed``: every second image raw.
-        quality: of the JPEG encoder, 1 to 100.
+        quality: of the JPEG encoder, 10 to 100.
         passthrough: keep the bytes of a JPEG that needs no change, instead of encoding it again.
     """
 

@@ -15,7 +15,7 @@ import torch
 from data_prep.augment import CentralCrop, Geometry, Indices, Resolution, View, epoch_order
 from data_prep.datasets import DataError, Normalization, named_normalization, one_line_for_os_errors
 from data_prep.manifest import Manifest
-from data_prep.readers import Cache, Images, Look, PillowReader, SplitReader, choose_cache
+from data_prep.reading.readers import Cache, Images, Look, PillowReader, SplitReader, choose_cache
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -66,7 +66,7 @@ def open_split(
         cache: Cache = choose_cache(file.bytes) if reading.cache == "auto" else reading.cache
         if reading.backend == "torch":
             return PillowReader(index, batch_size, threads, cache)
-        from data_prep.ffcv_reader import FFCVReader
+        from data_prep.reading.ffcv_reader import FFCVReader
 
         return FFCVReader(index, batch_size, threads, cache)
 

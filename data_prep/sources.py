@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.arrays import read_cifar, read_digits, read_mnist, read_svhn
-from data_prep.class_folders import read_class_folders, read_tinyimagenet
 from data_prep.datasets import DataError, Dataset, one_line_for_os_errors
-from data_prep.imagenet import read_imagenet
-from data_prep.splits import (
+from data_prep.raw.arrays import read_cifar, read_digits, read_mnist, read_svhn
+from data_prep.raw.class_folders import read_class_folders, read_tinyimagenet
+from data_prep.raw.imagenet import read_imagenet
+from data_prep.raw.splits import (
     ArraySplit,
     EncodedSplit,
     FileSplit,
@@ -35,6 +35,7 @@ __all__ = [
     "Raw",
     "TarSplit",
     "ZipSplit",
+    "check_place",
     "describe_place",
     "generate",
     "listing_digest",
@@ -81,6 +82,16 @@ def describe_place(dataset: Dataset, place: Path) -> str:
         return str(place)
     size = sum(download.bytes for download in dataset.downloads)
     return f"a download{f' of {size / 1e6:,.0f} MB' if size else ''} to {place}"
+
+
+def check_place(dataset: Dataset, place: Path) -> None:
+    """Refuse a place that is not there and cannot be downloaded to, before anything is written.
+
+    Raises:
+        DataError: that says what has to lie where.
+    """
+    if not (dataset.downloads or dataset.reader == "digits" or place.exists()):
+        raise DataError(f"{place} does not exist: {dataset.name} wants {dataset.raw}")
 
 
 def open_raw(

@@ -178,12 +178,15 @@ class Data(Section):
         "shared", description="prepared folder: one for all nodes of a cluster, or one on each"
     )
     side: PositiveInt | None = Field(
-        None, le=65_535, description="longer side kept, in pixels; none: the data set's default"
+        None,
+        ge=32,
+        le=65_535,
+        description="longer side kept, in pixels; none: the data set's default",
     )
     format: Literal["jpg", "raw", "mixed"] | None = Field(
         None, description="of prepared images; none: the data set's default"
     )
-    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+    quality: Annotated[int, Field(ge=10, le=100)] | None = Field(
         None, description="of prepared JPEGs; none: the data set's default"
     )
     passthrough: bool | None = Field(

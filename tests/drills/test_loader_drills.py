@@ -14,18 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep import (
-    Augmentation,
-    DataError,
-    Loader,
-    Manifest,
-    Reading,
-    ffcv_reader,
-    make_loader,
-    prepare,
-)
+from data_prep import Augmentation, DataError, Loader, Manifest, Reading, make_loader, prepare
 from data_prep.augment import Geometry, Indices
-from data_prep.ffcv_reader import FFCVReader
+from data_prep.reading import ffcv_reader
+from data_prep.reading.ffcv_reader import FFCVReader
 from tests.pictures import write_class_folders
 
 SMALL = (2000, 200)
@@ -235,7 +227,8 @@ def test_the_compiled_code_is_kept_on_disk(beton: Manifest, tmp_path: Path) -> N
     """A second process does not compile again."""
     code = f"""
 import pathlib
-from data_prep import Manifest, kernels, make_loader
+from data_prep import Manifest, make_loader
+from data_prep.reading import kernels
 manifest = Manifest.read(pathlib.Path({str(beton.folder)!r}))
 with make_loader(manifest, "train", batch_size=100, training=True).epoch(0) as batches:
     next(batches)

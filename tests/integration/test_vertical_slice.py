@@ -104,6 +104,7 @@ def test_the_tracked_accuracy_is_that_of_the_saved_weights(finished, mlflow_run)
     split = raw.splits["test"]
     assert isinstance(split, ArraySplit)
     images = torch.from_numpy(np.array(split.images)).permute(0, 3, 1, 2) / 255
+    assert dataset.normalization is not None
     mean, std = dataset.normalization
     images = (images - mean[0]) / std[0]
     with torch.no_grad():

@@ -44,11 +44,11 @@ LIBRARIES = {
 HOMES = {
     "ray": ("pipeline/launch.py", "pipeline/context.py", "tune/*", "infra/*"),
     "mlflow": ("pipeline/stores.py", "pipeline/tracking.py", "pipeline/registry.py"),
-    "ffcv": ("data_prep/ffcv_reader.py",),
-    "numba": ("data_prep/ffcv_reader.py", "data_prep/kernels.py"),
-    "llvmlite": ("data_prep/kernels.py",),
-    "scipy": ("data_prep/imagenet.py",),
-    "sklearn": ("data_prep/arrays.py",),
+    "ffcv": ("data_prep/reading/ffcv_reader.py",),
+    "numba": ("data_prep/reading/ffcv_reader.py", "data_prep/reading/kernels.py"),
+    "llvmlite": ("data_prep/reading/kernels.py",),
+    "scipy": ("data_prep/raw/imagenet.py",),
+    "sklearn": ("data_prep/raw/arrays.py",),
 }
 # Libraries that are imported inside functions, so that what does not need them works without.
 LAZY = {"ffcv", "mlflow", "ray", "scipy", "sklearn"}
@@ -257,8 +257,11 @@ def test_offending_import_is_found(path: str, source: str, expected: str) -> Non
         ("run.py", "import sys\nfrom pipeline.cli import main"),
         ("models/layers.py", "import math\nimport torch.nn as nn\nfrom . import quantizers"),
         ("models/methods/step.py", "from models.backbones import resnet"),
-        ("data_prep/ffcv_reader.py", "def f():\n    from ffcv.reader import Reader"),
-        ("data_prep/ffcv_reader.py", "if TYPE_CHECKING:\n    from ffcv.loader import Loader"),
+        ("data_prep/reading/ffcv_reader.py", "def f():\n    from ffcv.reader import Reader"),
+        (
+            "data_prep/reading/ffcv_reader.py",
+            "if TYPE_CHECKING:\n    from ffcv.loader import Loader",
+        ),
         ("pipeline/cli.py", "def search():\n    from tune import search"),
         ("data_prep/__init__.py", "from importlib import import_module\nimport_module(NAME)"),
         ("pipeline/launch.py", "def f():\n    import ray"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep import DataError
-from data_prep.archives import Tree, open_tree
+from data_prep.raw.archives import Tree, open_tree
 from tests.unit.data_prep.raw_files import silent, write_files, write_tar, write_zip
 
 FILES = {

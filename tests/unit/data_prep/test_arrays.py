@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from data_prep import DataError, arrays, get_dataset
+from data_prep import DataError, get_dataset
+from data_prep.raw import arrays
 from tests.unit.data_prep.raw_files import (
     images_of,
     needs_data,

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
-from data_prep import DataError, Manifest, convert, get_dataset, images, plan, prepare
+from data_prep import DataError, Manifest, convert, get_dataset, plan, prepare
 from data_prep.beton import JPG
 from data_prep.datasets import Storage, one_line_for_os_errors
+from data_prep.preparing import images
 from data_prep.sources import generate
 from tests.pictures import picture, write_class_folders
 

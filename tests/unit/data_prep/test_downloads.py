@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import DataError, downloads, get_dataset
+from data_prep import DataError, get_dataset
 from data_prep.datasets import Download
-from data_prep.downloads import fetch
-from data_prep.splits import Source
+from data_prep.raw import downloads
+from data_prep.raw.downloads import fetch
+from data_prep.raw.splits import Source
 from tests.unit.data_prep.raw_files import silent
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB
@@ -141,8 +142,8 @@ def start_fetching(download: Download, place: Path) -> subprocess.Popen[str]:
 from pathlib import Path
 from data_prep import get_dataset
 from data_prep.datasets import Download
-from data_prep.downloads import fetch
-from data_prep.splits import Source
+from data_prep.raw.downloads import fetch
+from data_prep.raw.splits import Source
 place = Path({str(place)!r})
 fetch(Source(get_dataset("svhn"), place, place, True, print), {download!r})
 """

@@ -12,10 +12,17 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-from data_prep import images
 from data_prep.beton import JPG, RAW
 from data_prep.datasets import Storage
-from data_prep.images import BadImage, clean, decode, decode_jpeg, has_strict_decoder, reduce
+from data_prep.preparing import images
+from data_prep.preparing.images import (
+    BadImage,
+    clean,
+    decode,
+    decode_jpeg,
+    has_strict_decoder,
+    reduce,
+)
 from tests.pictures import picture
 
 AS_PIXELS = Storage(format="raw")
@@ -284,3 +291,19 @@ def test_without_the_strict_decoder_pillow_gives_the_same(monkeypatch: pytest.Mo
     assert [clean(data, Storage(side=50), 0).data.tobytes() for data in files] == strict
     with pytest.raises(RuntimeError):
         decode_jpeg(files[0], 83, 61)
+
+
+@needs_strict_decoder
+def test_a_few_bytes_behind_the_image_are_no_damage_but_are_not_kept() -> None:
+    """As in some files of ImageNet, whose validation split has to stay whole."""
+    good = encoded(picture(13, 40, 56), "JPEG")
+    ended = good[:-2] + bytes(40) + good[-2:]
+    assert "extraneous bytes" in images._HARMLESS
+    _, is_clean = decode_jpeg(ended, 56, 40)
+    assert not is_clean
+    stored = clean(ended, Storage(passthrough=True), 0)
+    assert np.array_equal(pixels_of(ended), pixels_of(good))
+    assert stored.data.tobytes() not in (ended, good)
+    assert decode_jpeg(stored.data.tobytes(), 56, 40)[1]
+    with pytest.raises(BadImage, match="damaged JPEG"):
+        clean(good[: len(good) * 9 // 10] + good[-2:], Storage(), 0)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.resampling import resize
+from data_prep.reading.resampling import resize
 from tests.pictures import picture
 
 RANDOM = np.random.RandomState(0)

@@ -8,11 +8,11 @@ import pytest
 
 from data_prep import DataError, get_dataset
 from data_prep.datasets import Storage
+from data_prep.preparing.verification import verify_arrays, verify_files
+from data_prep.preparing.workers import Workers
+from data_prep.preparing.writing import Written, write_arrays, write_files
+from data_prep.raw.splits import FileSplit
 from data_prep.sources import generate
-from data_prep.splits import FileSplit
-from data_prep.verification import verify_arrays, verify_files
-from data_prep.workers import Workers
-from data_prep.writing import Written, write_arrays, write_files
 from tests.pictures import picture, write_class_folders
 
 

@@ -31,7 +31,7 @@ def test_every_data_set_makes_an_experiment_with_augmentation_that_fits_it(datas
     inputs.check_images(experiment, row)
     with torch.device("meta"):
         model = build_model(experiment, row)
-    assert model.fc.out_features == row.classes
+    assert isinstance(model.fc, torch.nn.Linear) and model.fc.out_features == row.classes
     photographs = dataset in ("imagenet", "imagenet16", "folder")
     assert (experiment.train.crop_area is not None) == photographs
     assert experiment.train.flip == (dataset not in ("digits", "mnist", "svhn"))

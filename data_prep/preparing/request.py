@@ -11,8 +11,8 @@ from data_prep import sources
 from data_prep.beton import PAGE_BYTES
 from data_prep.datasets import DataError, Dataset, Storage, get_dataset
 from data_prep.manifest import digest_of, make_spec
-from data_prep.splits import Progress, Raw
-from data_prep.writing import ARRAY_PAGE_BYTES
+from data_prep.preparing.writing import ARRAY_PAGE_BYTES
+from data_prep.raw.splits import Progress, Raw
 
 #: Stored bytes of a pixel, for a guess that reads no image: JPEG at quality 90 on photographs.
 _JPEG_BYTES_PER_PIXEL = 0.35

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_prep.beton import RAW, Bytes, Index, checksum, read_index
 from data_prep.datasets import DataError, Storage
-from data_prep.images import (
+from data_prep.preparing.images import (
     BadImage,
     Pixels,
     decode,
@@ -22,9 +22,9 @@ from data_prep.images import (
     has_strict_decoder,
     reduced_size,
 )
-from data_prep.splits import ArraySplit, EncodedSplit, Progress
-from data_prep.workers import Workers
-from data_prep.writing import Written
+from data_prep.preparing.workers import Workers
+from data_prep.preparing.writing import Written
+from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress
 
 #: Largest root mean square difference, in gray levels, between the thumbnails of a stored image
 #: and of its source. Measured on 550 photographs: below 1 at most settings, 12 at the worst that

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.archives import ARCHIVE_SUFFIXES, FolderTree, Tree, open_tree
 from data_prep.datasets import DataError, Dataset
-from data_prep.downloads import fetch
-from data_prep.splits import EncodedSplit, Progress, Raw, Source
+from data_prep.raw.archives import ARCHIVE_SUFFIXES, FolderTree, Tree, open_tree
+from data_prep.raw.downloads import fetch
+from data_prep.raw.splits import EncodedSplit, Progress, Raw, Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 

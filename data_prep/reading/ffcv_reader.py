@@ -1,8 +1,9 @@
 """The reader that trains: FFCV's pipeline around a decoder of our own.
 
 FFCV gives the thread that reads ahead, the ring of buffers and the pipeline; what makes the images
-is in ``data_prep.kernels``. What FFCV does not do by itself is put right in ``_epoch_type``: report
-an exception of its thread, end when an epoch is left early, leave torch's thread count alone.
+is in ``data_prep.reading.kernels``. What FFCV does not do by itself is put right in
+``_epoch_type``: report an exception of its thread, end when an epoch is left early, leave torch's
+thread count alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from data_prep.augment import Indices
 from data_prep.beton import JPG, Index
 from data_prep.datasets import DataError
-from data_prep.readers import Bytes, Cache, Images, Look, damage, open_file
+from data_prep.reading.readers import Bytes, Cache, Images, Look, damage, open_file
 
 if TYPE_CHECKING:
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -106,7 +107,7 @@ class _BatchDecoder:
     """From sample indices to finished images, in compiled code on several threads."""
 
     def __init__(self, index: Index, threads: int, cache: Cache) -> None:
-        from data_prep import kernels
+        from data_prep.reading import kernels
 
         self._kernels = kernels
         self._problems = {

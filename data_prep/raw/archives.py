@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.datasets import DataError
-from data_prep.splits import EncodedSplit, FileSplit, Integers, Progress, TarSplit, ZipSplit
+from data_prep.raw.splits import EncodedSplit, FileSplit, Integers, Progress, TarSplit, ZipSplit
 
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 

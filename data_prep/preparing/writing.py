@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from data_prep.beton import BetonWriter
 from data_prep.datasets import DataError, Normalization, Storage
-from data_prep.images import BadImage, Pixels, clean
 from data_prep.manifest import BadFile
-from data_prep.splits import ArraySplit, EncodedSplit, Progress
-from data_prep.workers import Workers
+from data_prep.preparing.images import BadImage, Pixels, clean
+from data_prep.preparing.workers import Workers
+from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress
 
 #: Images that a worker is given at once.
 CHUNK = 32

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_prep.archives import TarTree, Tree
-from data_prep.class_folders import find_tree, is_image, label_files, list_classes
 from data_prep.datasets import DataError
-from data_prep.splits import Raw, Source
+from data_prep.raw.archives import TarTree, Tree
+from data_prep.raw.class_folders import find_tree, is_image, label_files, list_classes
+from data_prep.raw.splits import Raw, Source
 
 #: Where the folders train/ and val/ may lie; the second is Kaggle's.
 _INNER = ("", "ILSVRC/Data/CLS-LOC/")

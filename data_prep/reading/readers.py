@@ -1,8 +1,8 @@
 """Random access to the images of a prepared file, and the reader that needs no FFCV.
 
-There are two readers with the same images: FFCV's (``data_prep.ffcv_reader``), and the one here,
-of Pillow and NumPy, for machines without FFCV. Each image's checksum is verified before it is
-decoded, so damage is an error and never a wrong picture.
+There are two readers with the same images: FFCV's (``data_prep.reading.ffcv_reader``), and the
+one here, of Pillow and NumPy, for machines without FFCV. Each image's checksum is verified before
+it is decoded, so damage is an error and never a wrong picture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from data_prep.augment import Geometry, Indices
 from data_prep.beton import JPG, Index, checksum
 from data_prep.datasets import DataError
-from data_prep.resampling import resize
+from data_prep.reading.resampling import resize
 
 Bytes = npt.NDArray[np.uint8]
 Images = npt.NDArray[np.uint8] | npt.NDArray[np.floating]

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.datasets import DataError
-from data_prep.downloads import check_md5, fetch
-from data_prep.splits import ArraySplit, Raw, Source
+from data_prep.raw.downloads import check_md5, fetch
+from data_prep.raw.splits import ArraySplit, Raw, Source
 
 #: MD5 of MNIST's files once unpacked; those of the packed ones are in the row.
 _UNPACKED_MNIST = {

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.datasets import DataError, Download, one_line_for_os_errors
-from data_prep.splits import Progress, Source
+from data_prep.raw.splits import Progress, Source
 
 #: Seconds that a silent server is waited for.
 _TIMEOUT = 20.0

@@ -1,0 +1,1 @@
+"""From raw images to verified files: cleaned, written in order by processes, compared."""

@@ -1,0 +1,1 @@
+"""From stored bytes to images: through FFCV and compiled code, or with Pillow and NumPy."""
