@@ -236,4 +236,4 @@ class Resolution:
         if epoch >= end:
             return self.last
         size = self.first + (self.last - self.first) * (epoch - begin) / (end - begin)
-        return max(32, round(size / 32) * 32)
+        return min(max(round(size / 32) * 32, self.first), self.last)

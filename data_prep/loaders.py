@@ -31,9 +31,8 @@ class Reading:
             bit where nothing is resized; resized ones may differ by one level.
         threads: that decode; None: all cores of the machine but one, shared by its GPUs, for a
             GPU, and 1 where the same cores train.
-        cache: ``page`` leaves the file to the system's page cache, one copy for all processes;
-            ``process`` reads each image when it is needed, for files larger than memory; ``auto``
-            decides by the sizes of file and memory.
+        cache: ``page`` or ``process``, see ``readers.open_file``; ``auto`` decides by the sizes of
+            file and memory.
     """
 
     backend: str = "ffcv"
@@ -129,12 +128,20 @@ class Loader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Iterator[Batch]]:
         """Iterate the batches of an epoch from ``start_step`` on; leaving early is allowed.
 
-        A batch is images, float32 (N, C, H, W), normalized (one channel: contiguous; more:
-        channels_last), and labels, int64 (N,), both on the loader's device.
+        A batch is images, (N, C, H, W) in torch's default type, normalized (one channel:
+        contiguous; more: channels_last), and labels, int64 (N,), both on the loader's device.
+
+        Args:
+            epoch: counts from 0; so does ``start_step``.
+            start_step: of the epoch, up to ``steps_per_epoch``.
 
         Raises:
             DataError: in the iteration, when reading fails or hangs, naming the step.
         """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise DataError(
+                f"start_step={start_step}: an epoch has {self.steps_per_epoch} steps from 0 on"
+            )
         batches = self._batches(epoch, start_step)
         with closing(batches):
             yield batches
@@ -161,7 +168,10 @@ class Loader:
                     yield self._to_device(images, order[first : first + len(images)])
                     step += 1
         except DataError as error:
-            raise DataError(f"step {step} of epoch {epoch}: {error}") from error.__cause__
+            raise DataError(f"epoch {epoch + 1}, step {step}: {error}") from error.__cause__
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(f"epoch {epoch + 1}, step {step}: {what}") from error
 
     def _to_device(self, images: Images, indices: Indices) -> Batch:
         count, height, width, channels = images.shape
@@ -225,6 +235,8 @@ def make_loader(
     """
     _check_shares(batch_size, rank, world_size)
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"no batches for a device of type {device.type!r}: take cpu or cuda")
     reader = open_split(manifest, split, batch_size // world_size, reading or Reading(), device)
     if training and batch_size > len(reader.index):
         raise DataError(

@@ -1,8 +1,9 @@
-"""Write the result table of the README from run records; nothing in it is typed by hand.
+"""Write the result tables of the README from records; nothing in them is typed by hand.
 
     python docs/write_results.py runs     # takes the newest finished run of each experiment there
 
-The records are kept in docs/results.json; run without arguments, the table is made of them anew.
+The records are kept in docs/results.json; run without arguments, the tables are made of them anew.
+How fast images are read is in docs/loading.json, which tests/benchmarks/data_loading.py writes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pipeline.experiments import catalog
 
 RECORDS = Path(__file__).with_name("results.json")
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+LOADING = Path(__file__).with_name("loading.json")
 
 
 def collect(runs: Path) -> dict[str, dict[str, Any]]:
@@ -65,11 +66,37 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def with_table(readme: str, records: dict[str, dict[str, Any]]) -> str:
-    """The text with the table between its two marks replaced."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(records)}\n{END}{after}"
+def loading_table(races: dict[str, dict[str, float]]) -> str:
+    """Images per second of each contestant of each race, and how much slower than the first."""
+    rows = ["| what is read | by | images/s | this loader is |", "|---|---|---:|---:|"]
+    for title, speeds in races.items():
+        if "first" in speeds:
+            continue
+        ours = next(iter(speeds.values()))
+        for name, speed in speeds.items():
+            rows.append(f"| {title} | {name} | {speed:,.0f} | {ours / speed:.2f}x |")
+            title = ""
+    rows += ["", "| from the start of a process to its first batch | first | later |"]
+    rows.append("|---|---:|---:|")
+    for title, times in races.items():
+        if "first" in times:
+            name = title.removeprefix("cold start of ")
+            rows.append(f"| {name} | {times['first']:.1f} s | {times['second']:.1f} s |")
+    return "\n".join(rows)
+
+
+def with_table(readme: str, mark: str, content: str) -> str:
+    """The text with what stands between the two marks of that name replaced."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def with_tables(readme: str) -> str:
+    """The README with both tables made anew of the records."""
+    readme = with_table(readme, "results", table(json.loads(RECORDS.read_text())))
+    return with_table(readme, "loading", loading_table(json.loads(LOADING.read_text())))
 
 
 def main(arguments: list[str]) -> None:
@@ -77,7 +104,7 @@ def main(arguments: list[str]) -> None:
     for folder in arguments:
         records |= collect(Path(folder))
     RECORDS.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
-    README.write_text(with_table(README.read_text(), records))
+    README.write_text(with_tables(README.read_text()))
 
 
 if __name__ == "__main__":

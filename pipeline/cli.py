@@ -187,12 +187,12 @@ def _prepare(options: argparse.Namespace) -> None:
         raise PipelineError(f"{idle[0]} has no effect on --prepare; its settings begin with data.")
     from pipeline.contact_sheet import write_contact_sheet
     from pipeline.display import Display
-    from pipeline.stages import check_data, prepare
+    from pipeline.stages import find_data, prepare
 
     with Display(console()) as display:
         for line in without_effect(experiment, options.settings):
             display.note(line)
-        manifest = prepare(experiment, check_data(experiment), display)
+        manifest = prepare(experiment, find_data(experiment), display)
         if options.inspect:
             path = experiment.tracking.runs / "inspect" / f"{options.inspect}.png"
             write_contact_sheet(experiment, manifest, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep import Manifest
-from data_prep.datasets import named_normalization
-from pipeline.config import Experiment
-from pipeline.inputs import make_loader
+from data_prep.datasets import DataError, named_normalization, one_line_for_os_errors
+from pipeline.config import Experiment, PipelineError
+from pipeline.inputs import check_images, make_loader
 
 _BLUE, _ORANGE = "#3b6fb6", "#d9782d"
 
@@ -34,9 +35,23 @@ def write_contact_sheet(experiment: Experiment, manifest: Manifest, path: Path) 
         path: of the PNG file; its folder is made.
 
     Raises:
-        DataError: when the prepared files cannot be read.
+        PipelineError: one line, when the prepared files cannot be read, the recipe does not fit
+            them, or the picture cannot be written.
     """
-    images, labels = _first_images(experiment, manifest)
+    try:
+        images, labels = _first_images(experiment, manifest)
+        with one_line_for_os_errors("cannot write the picture", path), warnings.catch_warnings():
+            # A class name in letters that the font lacks shows as boxes, which is seen anyway.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _draw(experiment, manifest, images, labels).savefig(path, dpi=110)
+    except DataError as error:
+        raise PipelineError(str(error)) from None
+
+
+def _draw(
+    experiment: Experiment, manifest: Manifest, images: np.ndarray, labels: list[int]
+) -> Figure:
     height = 1.25 * _ROWS + 3.6
     figure = Figure(figsize=(12, height), layout="constrained")
     sheet, histogram = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25 * _ROWS, 3.6))[
@@ -52,14 +67,17 @@ def write_contact_sheet(experiment: Experiment, manifest: Manifest, path: Path) 
         if number < len(images):
             axes.imshow(images[number].squeeze(), cmap="gray", vmin=0, vmax=1)
             name = manifest.class_names[labels[number]]
-            axes.set_title(_shortened(name, _NAME_LENGTH), fontsize=8, pad=2)
+            axes.set_title(_shortened(name, _NAME_LENGTH), fontsize=8, pad=2, parse_math=False)
     _draw_histogram(histogram.subplots(), manifest)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _first_images(experiment: Experiment, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
     """Images, float (N, H, W, C) from 0 to 1, and labels of the first training batches."""
+    batch_size = min(experiment.train.batch_size, manifest.counts["train"])
+    recipe = experiment.train.model_copy(update={"batch_size": batch_size})
+    experiment = experiment.model_copy(update={"train": recipe})
+    check_images(experiment, manifest)
     loader = make_loader(experiment, manifest, "train", training=True)
     mean, std = named_normalization(experiment.train.normalization, manifest.normalization)
     pictures, labels = [], []
@@ -89,7 +107,7 @@ def _draw_histogram(axes: Axes, manifest: Manifest) -> None:
     if manifest.classes <= _MOST_NAMES:
         names = [_shortened(name, _BAR_NAME_LENGTH) for name in manifest.class_names]
         turned = 90 if sum(map(len, names)) > 120 else 0
-        axes.set_xticks(list(classes), names, rotation=turned, fontsize=8)
+        axes.set_xticks(list(classes), names, rotation=turned, fontsize=8, parse_math=False)
     else:
         axes.set_xlabel("class")
     spread = "; ".join(f"{split}: {_spread(of_class)}" for split, of_class in counts.items())

@@ -87,6 +87,14 @@ def source_options(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def with_absolute_folders(experiment: Experiment) -> Experiment:
+    """The experiment with its folders as this machine means them, for another one."""
+    data = experiment.data
+    folders = {key: getattr(data, key) for key in ("root", "raw", "prepared")}
+    absolute = {key: path.absolute() for key, path in folders.items() if path is not None}
+    return experiment.model_copy(update={"data": data.model_copy(update=absolute)})
+
+
 def prepare(
     experiment: Experiment, dataset: Dataset, progress: Callable[[str, int, int], None]
 ) -> Manifest:
@@ -104,18 +112,22 @@ def prepare(
     )
 
 
-def check_images(experiment: Experiment, dataset: Dataset) -> None:
+def check_images(experiment: Experiment, dataset: Dataset | Manifest) -> None:
     """Refuse a batch, a shift or a size that the data set's images do not bear.
+
+    Args:
+        dataset: the row, or the manifest of its prepared files.
 
     Raises:
         DataError: one line with the nearest right thing.
     """
     recipe = experiment.train
+    name = experiment.dataset
     images = training_images(experiment, dataset)
     if images is not None and images < recipe.batch_size:
         raise DataError(
             f"train.batch_size={recipe.batch_size} is more than the {images} training images of "
-            f"{dataset.name}"
+            f"{name}"
         )
     size = image_size(recipe, dataset)
     smallest = recipe.first_image_size or size
@@ -128,16 +140,17 @@ def check_images(experiment: Experiment, dataset: Dataset) -> None:
             f"train.shift={recipe.shift} moves the whole image out of sight; it has {smallest} "
             "pixels"
         )
-    if dataset.channels == 1 and (smallest != dataset.image_size or recipe.crop_area):
+    is_resized = {smallest, size} != {dataset.image_size} or recipe.crop_area or recipe.test_crop
+    if dataset.channels == 1 and is_resized:
         raise DataError(
-            f"the gray images of {dataset.name} are not resized: leave train.image_size, "
-            "train.first_image_size and train.crop_area at none"
+            f"the gray images of {name} are not resized: leave train.image_size, "
+            "train.first_image_size, train.crop_area and train.test_crop at none"
         )
     of_any = Normalization((0.0,) * dataset.channels, (1.0,) * dataset.channels)
     named_normalization(recipe.normalization, dataset.normalization or of_any)
 
 
-def training_images(experiment: Experiment, dataset: Dataset) -> int | None:
+def training_images(experiment: Experiment, dataset: Dataset | Manifest) -> int | None:
     """Images of the training split as far as it is known without reading it."""
     data = experiment.data
     if data.synthetic is not None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,42 +151,46 @@ def prepare_on_nodes(
         DataError: when a machine cannot, or has other images than the others.
         TrainingError: when a machine is lost meanwhile.
     """
+    experiment = inputs.with_absolute_folders(experiment)
     with _ray_session(1) as ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         board = ray.remote(num_cpus=0)(EventBoard).remote()
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        nodes = [
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+        ]
         task = ray.remote(num_cpus=1, max_retries=0)(_prepare_node)
-        running = {}
+        running = []
         for node in nodes:
             affinity = NodeAffinitySchedulingStrategy(node, soft=False)
             pinned = task.options(scheduling_strategy=affinity)
-            running[pinned.remote(experiment, dataset, node, board)] = node
-        done: dict[str, Manifest] = {}
-        state: dict[str, Event] = {}
+            running.append(pinned.remote(experiment, dataset, board))
+        manifests: list[Manifest] = []
         while running:
-            finished, _ = ray.wait(list(running), timeout=_PATIENCE)
+            finished, running = ray.wait(running, timeout=_PATIENCE)
             for event in ray.get(board.take.remote(0.0)):
-                state[event["node"]] = event
-                stage = f"{event['stage']}, {len(done)} of {len(nodes)} machines ready"
+                stage = f"{event['stage']}, {len(manifests)} of {len(nodes)} machines ready"
                 progress(stage, event["done"], event["total"])
-            for reference in finished:
-                done[running.pop(reference)] = _prepared(ray, reference)
-    manifests = list(done.values())
-    if len({manifest.fingerprint for manifest in manifests}) > 1:
+            manifests += [_prepared(ray, reference) for reference in finished]
+    _check_alike(manifests)
+    return replace(manifests[0], reused=all(manifest.reused for manifest in manifests))
+
+
+def _check_alike(manifests: list[Manifest]) -> None:
+    if len({(manifest.fingerprint, manifest.folder) for manifest in manifests}) > 1:
         raise DataError(
             f"the machines of the cluster prepared different images in {manifests[0].folder}; give "
             "all of them the same raw files and versions, or set data.location=shared"
         )
-    return manifests[0]
 
 
-def _prepare_node(experiment: Experiment, dataset: Dataset, node: str, board: Any) -> Manifest:
+def _prepare_node(experiment: Experiment, dataset: Dataset, board: Any) -> Manifest:
     """What each machine runs."""
 
     def progress(stage: str, done: int, total: int) -> None:
-        event = {"node": node, "stage": stage, "done": done, "total": total}
-        board.post.remote({"kind": "prepare", **event})
+        board.post.remote({"kind": "prepare", "stage": stage, "done": done, "total": total})
 
     return inputs.prepare(experiment, dataset, progress)
 
@@ -196,7 +201,9 @@ def _prepared(ray: Any, reference: Any) -> Manifest:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DataError):
             raise error.cause from None
-        raise
+        raise TrainingError(
+            f"a machine cannot prepare the data: {first_line(error.cause)}"
+        ) from None
     except ray.exceptions.RayError as error:
         raise TrainingError(f"a machine was lost during preparation: {first_line(error)}") from None
 

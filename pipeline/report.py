@@ -70,8 +70,10 @@ def confusion_matrix(evaluation: Evaluation, class_names: tuple[str, ...], title
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if classes <= _MOST_COUNTS:
-        axes.set_xticks(range(classes), class_names, rotation=90 if classes > 10 else 0)
-        axes.set_yticks(range(classes), class_names)
+        axes.set_xticks(
+            range(classes), class_names, rotation=90 if classes > 10 else 0, parse_math=False
+        )
+        axes.set_yticks(range(classes), class_names, parse_math=False)
         for row, column in counts.nonzero().tolist():
             axes.text(
                 column,

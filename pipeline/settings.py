@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,10 @@ def _why_idle(experiment: Experiment, key: str) -> str | None:
     if key == "train.latent_weight_decay" and not _quantizes(experiment.method):
         return f"method={experiment.method}, which has no latent weights"
     if key in ("scaling.workers", "scaling.max_failures", "scaling.timeout", "data.location"):
-        return "scaling.launcher=local" if experiment.scaling.launcher == "local" else None
+        if experiment.scaling.launcher == "local":
+            return "scaling.launcher=local"
+        alone = key == "data.location" and "RAY_ADDRESS" not in os.environ
+        return "one machine; RAY_ADDRESS names a cluster" if alone else None
     if group == "tracking" and name in ("uri", "register_model"):
         return None if experiment.tracking.enabled else "tracking.enabled=false"
     if key in _PREPARING:

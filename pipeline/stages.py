@@ -108,13 +108,25 @@ def check(experiment: Experiment) -> Dataset:
 
 
 def check_data(experiment: Experiment) -> Dataset:
-    """The part of ``check`` that concerns the data alone."""
+    """The part of ``check`` that concerns the data and how a recipe looks at them."""
+    dataset = find_data(experiment)
     try:
-        dataset = inputs.dataset_of(experiment)
         inputs.check_images(experiment, dataset)
     except data_prep.DataError as error:
         raise PipelineError(str(error)) from None
     return dataset
+
+
+def find_data(experiment: Experiment) -> Dataset:
+    """The experiment's data set.
+
+    Raises:
+        PipelineError: one line, when it is not known or not there.
+    """
+    try:
+        return inputs.dataset_of(experiment)
+    except data_prep.DataError as error:
+        raise PipelineError(str(error)) from None
 
 
 class Interrupted(KeyboardInterrupt):

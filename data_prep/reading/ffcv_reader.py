@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,17 @@ import numpy.typing as npt
 import torch
 
 from data_prep.augment import Indices
-from data_prep.beton import JPG, Index
+from data_prep.beton import JPG, Index, checksum_keys
 from data_prep.datasets import DataError
-from data_prep.reading.readers import Bytes, Cache, Images, Look, damage, open_file
+from data_prep.reading.readers import (
+    Bytes,
+    Cache,
+    Images,
+    Look,
+    checked_geometry,
+    damage,
+    open_file,
+)
 
 if TYPE_CHECKING:
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -36,6 +44,9 @@ if TYPE_CHECKING:
 BATCH_TIMEOUT = 120.0
 
 _JOIN_TIMEOUT = 5.0
+
+#: Held while something that concerns all of numba, or all epochs of a reader, is changed.
+_NUMBA = threading.RLock()
 
 #: Batches that are made before they are asked for.
 _BATCHES_AHEAD = 3
@@ -52,13 +63,14 @@ def ffcv_without_compiler() -> Iterator[None]:
     import numba
 
     config: Any = numba.config
-    threads, disabled = torch.get_num_threads(), config.DISABLE_JIT
-    config.DISABLE_JIT = True
-    try:
-        yield
-    finally:
-        config.DISABLE_JIT = disabled
-        torch.set_num_threads(threads)
+    with _NUMBA:
+        threads, disabled = torch.get_num_threads(), config.DISABLE_JIT
+        config.DISABLE_JIT = True
+        try:
+            yield
+        finally:
+            config.DISABLE_JIT = disabled
+            torch.set_num_threads(threads)
 
 
 class FFCVReader:
@@ -66,15 +78,20 @@ class FFCVReader:
 
     def __init__(self, index: Index, batch_size: int, threads: int, cache: Cache) -> None:
         try:
-            self._decoder = _BatchDecoder(index, threads, cache)
-            self._pipeline = _build_pipeline(batch_size, self._decoder)
-        except ImportError as error:
+            with _NUMBA:
+                from data_prep.reading import kernels
+        except (ImportError, OSError, AttributeError) as error:
             raise DataError(f"FFCV cannot be used ({error}): set data.backend=torch") from None
+        self._decoder = _BatchDecoder(index, threads, cache, kernels)
+        self._pipeline, self._operation = _build_pipeline(batch_size, self._decoder)
         self.index = index
 
     def read(self, order: Indices, look: Look) -> Generator[Images]:
-        self._decoder.look = look
-        with closing(_epoch_type()(self._pipeline, order)) as epoch:
+        with _NUMBA:  # an epoch asks the one operation how much memory it needs
+            self._operation.size = look.size
+            pipeline = SimpleNamespace(**vars(self._pipeline), memory_manager=_LookCarrier(look))
+            started = _epoch_type()(pipeline, order)
+        with closing(started) as epoch:
             for (images,) in epoch:
                 yield images
 
@@ -98,17 +115,15 @@ class _Recycler:
             if sys.getrefcount(array) == 3:
                 return array
         array = np.empty(shape, dtype=dtype)
-        self._arrays = [a for a in self._arrays if a.shape == shape][: _BATCHES_AHEAD + 2]
-        self._arrays.append(array)
+        # The youngest: who keeps the first batches of an epoch keeps them for long.
+        self._arrays = [*self._arrays[-(_BATCHES_AHEAD + 1) :], array]
         return array
 
 
 class _BatchDecoder:
     """From sample indices to finished images, in compiled code on several threads."""
 
-    def __init__(self, index: Index, threads: int, cache: Cache) -> None:
-        from data_prep.reading import kernels
-
+    def __init__(self, index: Index, threads: int, cache: Cache, kernels: Any) -> None:
         self._kernels = kernels
         self._problems = {
             kernels.UNREADABLE: "cannot be read",
@@ -116,20 +131,20 @@ class _BatchDecoder:
             kernels.NO_IMAGE: "is no image",
         }
         self.index = index
-        self.look: Look | None = None
         self._threads = threads
         self._file = open_file(index.path, cache)
-        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+        # One more pair than the largest image fills: it may end within a pair.
+        largest = int(index.sizes.max()) if len(index) else 0
+        self._keys = checksum_keys(2 * (largest // 8 + 1))
+        self._pool = ThreadPool(threads) if threads > 1 else None
         self._buffers = threading.local()
         self._recycler = _Recycler()
 
-    def __call__(self, samples: npt.NDArray[np.int64], images: Bytes) -> Images:
-        """Decode ``samples`` into ``images``, uint8 (N, H, W, C); normalized ones are new."""
-        index, look = self.index, self.look
-        assert look is not None
-        indices = samples.astype(np.int64)
+    def __call__(self, indices: Indices, images: Bytes, look: Look) -> Images:
+        """Decode samples into ``images``, uint8 (N, H, W, C); normalized ones are new."""
+        index = self.index
+        windows, moves = checked_geometry(look, index, indices)
         shapes = np.stack([index.heights[indices], index.widths[indices]], axis=1)
-        windows, moves = look.geometry(indices, shapes)
         verdicts = np.zeros(len(indices), dtype=np.uint8)
         result: Images = images
         if look.mean is not None and look.std is not None:
@@ -141,6 +156,7 @@ class _BatchDecoder:
             self._kernels.decode(
                 self._kernels.decompressor(),
                 self._file.fileno(),
+                self._keys,
                 (
                     index.pointers[chosen],
                     index.sizes[chosen],
@@ -161,7 +177,8 @@ class _BatchDecoder:
         edges = np.linspace(0, len(indices), self._threads + 1).astype(int).tolist()
         shares = [slice(*ends) for ends in itertools.pairwise(edges) if ends[0] < ends[1]]
         list((self._pool.map if self._pool else map)(decode, shares))
-        for number in np.flatnonzero(verdicts):
+        if verdicts.any():
+            number = int(np.flatnonzero(verdicts)[0])
             raise damage(index, int(indices[number]), self._problems[verdicts[number]])
         return result
 
@@ -180,26 +197,30 @@ class _BatchDecoder:
         return kept
 
 
-class _NoMemory:
-    """FFCV's memory manager where the decoder keeps its own: nothing to schedule."""
+class _LookCarrier:
+    """FFCV's memory manager, whose state reaches the decoder: it carries the look of an epoch.
 
-    state = None
+    The decoder reads the file by itself, so there is no memory to manage.
+    """
 
-    def schedule_epoch(self, batches: Sequence[Any]) -> _NoMemory:
+    def __init__(self, look: Look) -> None:
+        self.state = look
+
+    def schedule_epoch(self, batches: Sequence[Any]) -> _LookCarrier:
         return self
 
     def start_batch(self, batch: int) -> None:
         """Nothing to load."""
 
-    def __enter__(self) -> _NoMemory:
+    def __enter__(self) -> _LookCarrier:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Nothing to free."""
 
 
-def _build_pipeline(batch_size: int, decode: _BatchDecoder) -> SimpleNamespace:
-    """What FFCV's epoch iterator takes from a loader.
+def _build_pipeline(batch_size: int, decode: _BatchDecoder) -> tuple[SimpleNamespace, Any]:
+    """What FFCV's epoch iterator takes from a loader, and the operation that decodes.
 
     FFCV's own loader would also walk through all samples in Python to sort them by pages.
     """
@@ -212,49 +233,53 @@ def _build_pipeline(batch_size: int, decode: _BatchDecoder) -> SimpleNamespace:
         from ffcv.reader import Reader
 
         class Decoder(Operation):
-            """FFCV's view of the decoder: how large a batch is, and what makes it."""
+            """FFCV's view of the decoder: how large an image is, and what makes a batch."""
+
+            size = 1
 
             def declare_state_and_memory(self, previous: State) -> tuple[State, AllocationQuery]:
-                size = decode.look.size if decode.look is not None else 1
-                shape, dtype = (size, size, decode.index.channels), np.dtype("uint8")
+                shape = (self.size, self.size, decode.index.channels)
+                dtype = np.dtype("uint8")
                 state = State(True, previous.device, shape, dtype)
                 return state, AllocationQuery(shape, dtype)
 
             def generate_code(self) -> Callable[..., Images]:
                 def decode_batch(
-                    samples: npt.NDArray[np.int64], images: Bytes, table: object, state: object
+                    samples: Indices, images: Bytes, table: object, look: Look
                 ) -> Images:
-                    return decode(samples, images)
+                    return decode(samples, images, look)
 
                 return decode_batch
 
+        operation = Decoder()
         reader = Reader(str(decode.index.path))
         fields = {name: number for number, name in enumerate(reader.handlers)}
         graph = Graph(
-            {"image": PipelineSpec("image", decoder=Decoder())},
+            {"image": PipelineSpec("image", decoder=operation)},
             reader.handlers,
             fields,
             reader.metadata,
             None,
         )
         code = graph.codegen_all(graph.collect_requirements()[1])
-    return SimpleNamespace(
-        reader=reader,
-        graph=graph,
-        code=code,
-        batch_size=batch_size,
-        batches_ahead=_BATCHES_AHEAD,
-        memory_manager=_NoMemory(),
+    pipeline = SimpleNamespace(
+        reader=reader, graph=graph, code=code, batch_size=batch_size, batches_ahead=_BATCHES_AHEAD
     )
+    return pipeline, operation
 
 
 @functools.cache
 def _epoch_type() -> type[EpochIterator]:
     """FFCV's epoch thread, made to end, and to say why it ended."""
     with ffcv_without_compiler():
-        from ffcv.loader.epoch_iterator import EpochIterator
+        from ffcv.loader import epoch_iterator
 
-    class Epoch(EpochIterator):
+    # The copies to a GPU are ours; FFCV would make five streams on whichever is the current one.
+    epoch_iterator.IS_CUDA = False
+
+    class Epoch(epoch_iterator.EpochIterator):
+        taken = 0
+
         def run(self) -> None:
             # FFCV's own loop sets torch's thread count, dies silently, and blocks for good at
             # its last batch when nobody takes it.
@@ -288,13 +313,15 @@ def _epoch_type() -> type[EpochIterator]:
                     if not self.is_alive() and self.output_queue.empty():
                         raise DataError("the loader thread is gone") from None
                     if time.monotonic() > deadline:
-                        raise DataError(f"no batch came in {BATCH_TIMEOUT:g} s") from None
+                        first = self.order[self.taken * self.loader.batch_size]
+                        raise DataError(
+                            f"no batch came in {BATCH_TIMEOUT:g} s; its first sample is {first}"
+                        ) from None
             if item is None:
                 raise StopIteration
-            if isinstance(item, DataError):
-                raise item
             if isinstance(item, BaseException):
-                raise DataError(f"{type(item).__name__}: {item}") from item
+                raise item
+            self.taken += 1
             return item
 
         def close(self) -> None:

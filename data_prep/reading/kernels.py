@@ -35,6 +35,11 @@ _RGB = 0  # TJPF_RGB
 _ACCURATE = 4096  # TJFLAG_ACCURATEDCT: as Pillow and torchvision decode
 
 
+_config: Any = numba.config
+if _config.DISABLE_JIT:
+    raise DataError("numba's compiler is off: unset NUMBA_DISABLE_JIT, or set data.backend=torch")
+
+
 def _native_library() -> ctypes.CDLL:
     package = importlib.util.find_spec("ffcv")
     folders = [] if package is None else list(package.submodule_search_locations or [])
@@ -98,19 +103,24 @@ def decompressor() -> int:
 
 
 @_compiled
-def _checksum(data: npt.NDArray[np.uint8]) -> np.uint64:
-    """As ``data_prep.beton.checksum``."""
-    words = len(data) // 8
+def _checksum(data: npt.NDArray[np.uint8], keys: npt.NDArray[np.uint32]) -> np.uint64:
+    """As ``data_prep.beton.checksum``; ``keys`` are at least a quarter of the bytes and two."""
+    low = np.uint64(0xFFFFFFFF)
+    whole = len(data) // 8
+    words = data[: whole * 8].view(np.uint32)
     total = np.uint64(0)
-    odd = np.uint64(1)
-    address = data[: words * 8].view(np.uint64)
-    for word in address:
-        total += word * odd
-        odd += np.uint64(2)
-    last = np.uint64(0)
-    for place in range(words * 8, len(data)):
-        last |= np.uint64(data[place]) << np.uint64(8 * (place - words * 8))
-    return (total + last * odd) ^ np.uint64(len(data))
+    for place in range(0, 2 * whole, 2):
+        first = (np.uint64(words[place]) + np.uint64(keys[place])) & low
+        second = (np.uint64(words[place + 1]) + np.uint64(keys[place + 1])) & low
+        total += first * second
+    if whole * 8 < len(data):
+        last = np.uint64(0)
+        for place in range(whole * 8, len(data)):
+            last |= np.uint64(data[place]) << np.uint64(8 * (place - whole * 8))
+        first = ((last & low) + np.uint64(keys[2 * whole])) & low
+        second = ((last >> np.uint64(32)) + np.uint64(keys[2 * whole + 1])) & low
+        total += first * second
+    return total ^ np.uint64(len(data))
 
 
 @_compiled
@@ -142,12 +152,14 @@ def _shifted(
         for x in range(begin, end):
             for channel in range(channels):
                 target[y, x, channel] = source[row, first + step * x, channel]
-        for x in range(begin):
+        nearest = left + (width - 1 if mirrored else 0)
+        for x in range(min(begin, width)):
             for channel in range(channels):
-                target[y, x, channel] = target[y, begin, channel] if edge else 0
+                target[y, x, channel] = source[row, nearest, channel] if edge else 0
+        nearest = left + (0 if mirrored else width - 1)
         for x in range(end, width):
             for channel in range(channels):
-                target[y, x, channel] = target[y, end - 1, channel] if edge else 0
+                target[y, x, channel] = source[row, nearest, channel] if edge else 0
 
 
 @_compiled
@@ -192,6 +204,7 @@ def _cut(
 def decode(
     handle: int,
     file: int,
+    keys: npt.NDArray[np.uint32],
     stored: tuple[npt.NDArray[Any], ...],
     windows: npt.NDArray[np.int32],
     moves: npt.NDArray[np.int32],
@@ -205,6 +218,7 @@ def decode(
     Args:
         handle: of this thread's decoder.
         file: descriptor of the open file.
+        keys: uint32, of the checksums, as many as the largest image needs.
         stored: of each image its first byte in the file and its bytes, uint64 (N,); height and
             width, int32 (N, 2); mode, uint8 (N,); checksum, uint64 (N,). See ``beton.Index``.
         windows: int32 (N, 4), top, left, height, width of what is resized to the whole image.
@@ -224,7 +238,7 @@ def decode(
         if _read(file, data.ctypes.data, data.size, pointers[number]) != data.size:
             verdicts[number] = UNREADABLE
             continue
-        if _checksum(data) != checksums[number]:
+        if _checksum(data, keys) != checksums[number]:
             verdicts[number] = DAMAGED
             continue
         rows, columns = np.int64(shapes[number, 0]), np.int64(shapes[number, 1])

@@ -11,8 +11,8 @@ import io
 import os
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ Images = npt.NDArray[np.uint8] | npt.NDArray[np.floating]
 
 Cache = Literal["page", "process"]
 
+_READ_AHEAD_BYTES = 1 << 20
+
 #: A file may take this share of the memory before it is no longer left to the page cache.
 _CACHED_SHARE = 0.6
 
@@ -41,7 +43,7 @@ class Look(NamedTuple):
         edge: what a shift uncovers repeats the border pixel instead of being black.
         size: height and width of the result in pixels.
         mean: (C,), subtracted from pixels scaled to [0, 1], in the type of the result; None leaves
-            them uint8.
+            the images uint8.
         std: (C,), divides what the mean leaves.
     """
 
@@ -71,14 +73,16 @@ class SplitReader(Protocol):
 
 def memory_bytes() -> int:
     """Memory that this machine, or the container that this process runs in, has in all."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of either version of cgroups
+        limit = Path("/sys/fs/cgroup") / name
+        text = limit.read_text().strip() if limit.is_file() else ""
+        sizes += [int(text)] if text.isdigit() else []
+    return min(sizes)
 
 
 def choose_cache(file_bytes: int) -> Cache:
-    """Where a file of that size is best kept while it is read, see ``make_loader``."""
+    """Where a file of that size is best kept while it is read, see ``open_file``."""
     return "page" if file_bytes <= _CACHED_SHARE * memory_bytes() else "process"
 
 
@@ -87,10 +91,10 @@ def open_file(path: Path, cache: Cache) -> BufferedReader:
 
     Args:
         path: of the file.
-        cache: ``page`` has the system read the file ahead in one sweep, instead of in random order
-            when the first epoch asks, and keeps it in memory, once for all processes. ``process``
-            reads the bytes of each image when it is needed and nothing around them, for files that
-            do not fit.
+        cache: ``page`` has the system read the file ahead from its beginning, instead of in random
+            order when the first epoch asks, and keep it in memory, once for all processes.
+            ``process`` reads each image into this process when it is needed and nothing around
+            it, for files that do not fit.
     """
     file = path.open("rb")
     if cache == "process":
@@ -102,7 +106,33 @@ def open_file(path: Path, cache: Cache) -> BufferedReader:
 
 def _read_ahead(path: Path) -> None:
     with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        # The system reads no more than a few megabytes ahead for one request.
+        for start in range(0, path.stat().st_size, _READ_AHEAD_BYTES):
+            os.posix_fadvise(file.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def checked_geometry(look: Look, index: Index, indices: Indices) -> Geometry:
+    """The geometry of samples, as int32, which compiled code may take for addresses.
+
+    Raises:
+        DataError: naming the first sample whose window is not within its image, or would have to
+            be resized though it is gray.
+    """
+    shapes = np.stack([index.heights[indices], index.widths[indices]], axis=1)
+    windows, moves = look.geometry(indices, shapes)
+    first, sizes = windows[:, :2], windows[:, 2:]
+    wrong = (first < 0).any(1) | (sizes < 1).any(1) | (first + sizes > shapes).any(1)
+    for number in np.flatnonzero(wrong)[:1]:
+        height, width = shapes[number]
+        raise DataError(
+            f"sample {indices[number]}: the window {windows[number].tolist()} is not within its "
+            f"{height}x{width} pixels"
+        )
+    if index.channels != 3 and (sizes != look.size).any():
+        raise DataError(
+            f"the gray images of {index.path} are not resized: take the whole image at its own size"
+        )
+    return Geometry(windows.astype(np.int32), moves.astype(np.int32))
 
 
 def damage(index: Index, sample: int, what: str) -> DataError:
@@ -120,7 +150,7 @@ class PillowReader:
         self.index = index
         self._batch_size = batch_size
         self._file = open_file(index.path, cache)
-        self._pool = ThreadPoolExecutor(threads, "read") if threads > 1 else None
+        self._pool = ThreadPool(threads) if threads > 1 else None
 
     def read(self, order: Indices, look: Look) -> Generator[Images]:
         for start in range(0, len(order), self._batch_size):
@@ -128,8 +158,7 @@ class PillowReader:
 
     def _batch(self, indices: Indices, look: Look) -> Images:
         index = self.index
-        shapes = np.stack([index.heights[indices], index.widths[indices]], axis=1)
-        windows, moves = look.geometry(indices, shapes)
+        windows, moves = checked_geometry(look, index, indices)
         images = np.empty((len(indices), look.size, look.size, index.channels), dtype=np.uint8)
 
         def make(number: int) -> None:

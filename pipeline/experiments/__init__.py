@@ -75,10 +75,21 @@ def check_parts(experiment: Experiment, dataset: Dataset | None = None) -> None:
         from pipeline.inputs import dataset_of
         from pipeline.loop import build_model
 
+        row = dataset or dataset_of(experiment)
         with torch.device("meta"):
-            build_model(experiment, dataset or dataset_of(experiment))
+            network = build_model(experiment, row)
     except (ModelError, DataError) as error:
         raise PipelineError(str(error)) from None
+    size = experiment.train.first_image_size
+    if size is not None:
+        images = torch.empty(2, row.channels, size, size, device="meta")
+        try:
+            network.eval()(images)
+        except RuntimeError:
+            raise PipelineError(
+                f"{experiment.backbone} takes images of one size only, not of "
+                f"train.first_image_size={size} as well"
+            ) from None
 
 
 def _from_grammar(name: str) -> Experiment:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import multiprocessing
 import os
 import statistics
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 
 import data_prep
-from data_prep import Manifest
+from data_prep import Manifest, augment
 from data_prep.beton import read_index
 from data_prep.datasets import Storage
 from tests.pictures import write_class_folders
@@ -83,6 +85,17 @@ def our_loader(task: Task, backend: str = "ffcv") -> Epoch:
     return epoch
 
 
+def our_undetermined_loader(task: Task) -> Epoch:
+    """Randomness of NumPy's generator instead of counting: what determinism costs."""
+    generator = np.random.default_rng()
+
+    def random_bits(draw: int, seed: int, epoch: int, indices: augment.Indices) -> augment.Bits:
+        return generator.integers(0, 2**64, len(indices), dtype=np.uint64)
+
+    augment.random_bits = random_bits
+    return our_loader(task)
+
+
 def our_pillow_loader(task: Task) -> Epoch:
     return our_loader(task, "torch")
 
@@ -124,7 +137,8 @@ class StoredImages(torch.utils.data.Dataset):
     def __init__(self, task: Task) -> None:
         from torchvision.transforms import v2
 
-        self._file, self._index = task.file, read_index(task.file)
+        self._path, self._index = task.file, read_index(task.file)
+        self._file: BufferedReader | None = None  # each worker opens its own
         size = task.manifest.image_size
         cut: list[Any] = [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
         if task.photographs:
@@ -140,9 +154,9 @@ class StoredImages(torch.utils.data.Dataset):
         from PIL import Image
 
         index = self._index
-        with self._file.open("rb") as file:
-            file.seek(int(index.pointers[sample]))
-            stored = file.read(int(index.sizes[sample]))
+        self._file = self._file or self._path.open("rb")
+        self._file.seek(int(index.pointers[sample]))
+        stored = self._file.read(int(index.sizes[sample]))
         if index.shape is None:
             image = Image.open(io.BytesIO(stored)).convert("RGB")
         else:
@@ -165,6 +179,7 @@ def torch_dataloader(task: Task) -> Epoch:
 CONTESTANTS: dict[str, Callable[[Task], Epoch]] = {
     "this loader": our_loader,
     "stock FFCV": stock_ffcv,
+    "this loader, not determined": our_undetermined_loader,
     "torch DataLoader": torch_dataloader,
     "this loader, backend=torch": our_pillow_loader,
 }
@@ -214,17 +229,20 @@ def cold_start(name: str, task: Task, cache: Path) -> float:
     return time.perf_counter() - started
 
 
-def report(title: str, speeds: dict[str, float]) -> None:
+def report(title: str, speeds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Print the speeds with their ratios to the first one, and return them under the title."""
     print(f"\n{title}")
     ours = next(iter(speeds.values()))
     for name, speed in speeds.items():
-        print(f"  {name:<30}{speed:>9,.0f} img/s   this loader is {ours / speed:5.2f}x")
+        print(f"  {name:<30}{speed:>9,.0f} img/s   this loader is {ours / speed:5.2f}x", flush=True)
+    return {title: speeds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--record", type=Path, help="JSON file to write, docs/loading.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -235,27 +253,32 @@ def main() -> None:
             kept[kind] = data_prep.prepare("folder", raw=raw, prepared=folder, storage=storage)
         small = data_prep.prepare("cifar10", prepared=folder, synthetic=SMALL_IMAGES)
         names = list(CONTESTANTS)
+        record: dict[str, dict[str, float]] = {}
         for threads in sorted({1, CORES}):
             task = Task(kept["jpg"].folder, threads, True)
             images = f"{kept['jpg'].counts['train']:,} JPEGs of at most 400 px"
-            report(f"{images}, {threads} threads", race(task, names, arguments.rounds))
+            record |= report(f"{images}, {threads} threads", race(task, names, arguments.rounds))
             task = Task(small.folder, threads, False)
             images = f"{SMALL_IMAGES[0]:,} images of 32 px"
-            report(f"{images}, {threads} threads", race(task, names[:3], arguments.rounds))
+            speeds = race(task, names[:4], arguments.rounds)
+            record |= report(f"{images}, {threads} threads", speeds)
         speeds = {
             f"stored as {kind}": race(
                 Task(manifest.folder, CORES, True), names[:1], arguments.rounds
             )["this loader"]
             for kind, manifest in kept.items()
         }
-        report(f"the same photographs, {CORES} threads", speeds)
+        record |= report(f"the same photographs, {CORES} threads", speeds)
         for kind, manifest in kept.items():
             print(f"  {kind}: {manifest.bytes / sum(manifest.counts.values()):,.0f} bytes an image")
         print("\nfrom the start of a process to its first batch")
         task = Task(kept["jpg"].folder, 1, True)
-        for name in names:
+        for name in ("this loader", "stock FFCV", "torch DataLoader"):
             first, second = (cold_start(name, task, folder / "cache") for _ in range(2))
             print(f"  {name:<30}{first:5.1f} s, the second time {second:.1f} s")
+            record[f"cold start of {name}"] = {"first": first, "second": second}
+    if arguments.record:
+        arguments.record.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

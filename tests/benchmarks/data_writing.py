@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.folder or write_class_folders(Path(scratch) / "raw", 150, 15, scale=8)
+        folder = arguments.folder or write_class_folders(Path(scratch) / "raw", 600, 60, scale=8)
         raw = repeated(folder, Path(scratch) / "repeated", arguments.repeat)
         images = sum(path.is_file() for path in raw.rglob("*"))
         contestants: dict[str, Callable[[], float]] = {}

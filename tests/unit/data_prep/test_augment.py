@@ -170,6 +170,9 @@ def test_resolution_grows_in_multiples_of_32_between_two_epochs() -> None:
         230,
     ]
     assert Resolution(28, 28, (0, 0)).at(0) == 28
+    for first, last in ((40, 48), (16, 20), (160, 180), (112, 120)):
+        sizes = [Resolution(first, last, (0, 8)).at(epoch) for epoch in range(10)]
+        assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (first, last)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ import pytest
 from PIL import Image
 
 from data_prep import DataError, ffcv_available
-from data_prep.beton import JPG, PAGE_BYTES, RAW, BetonWriter, checksum, read_index
+from data_prep.beton import (
+    JPG,
+    PAGE_BYTES,
+    RAW,
+    BetonWriter,
+    checksum,
+    checksum_keys,
+    read_index,
+)
 from tests.pictures import picture
 
 SMALLEST_PAGE = 2 << 20
@@ -165,16 +173,60 @@ def test_every_single_bit_changes_the_checksum() -> None:
                 assert checksum(damaged) != expected
 
 
-def test_the_checksum_is_the_sum_of_words_times_odd_numbers() -> None:
-    data = np.random.RandomState(0).randint(0, 256, 8 * 50 + 3).astype(np.uint8)
-    padded = data.tobytes() + bytes(5)
+def splitmix64(number: int) -> int:
+    """The ``number``-th output of the generator with seed 0, in whole numbers of Python."""
+    value = number * 0x9E3779B97F4A7C15 % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 16, 61, 4096])
+def test_the_checksum_is_nh_of_32_bit_words_with_keys_of_splitmix64(size: int) -> None:
+    data = np.random.RandomState(size).randint(0, 256, size).astype(np.uint8)
     total = 0
-    for place in range(51):
-        word = int.from_bytes(padded[8 * place : 8 * place + 8], "little")
-        total += word * (2 * place + 1)
-    assert checksum(data) == (total % 2**64) ^ len(data)
+    for pair in range(-(-size // 8)):
+        text = data[8 * pair : 8 * pair + 8].tobytes().ljust(8, b"\0")
+        key = splitmix64(pair + 1)
+        first = (int.from_bytes(text[:4], "little") + key % 2**32) % 2**32
+        second = (int.from_bytes(text[4:], "little") + (key >> 32)) % 2**32
+        total += first * second
+    assert checksum(data) == (total % 2**64) ^ size
+
+
+def test_damage_of_a_kind_all_over_an_image_changes_the_checksum() -> None:
+    """A bit stuck in memory, words exchanged, a page of zeros: what a plain sum would not see."""
+    random = np.random.RandomState(0)
+    data = random.randint(0, 256, 4096).astype(np.uint8)
+    expected = checksum(data)
+    for bit in range(64):
+        for pairs in ([3, 400], [0, 1], list(range(0, 512, 2)), random.permutation(512)[:100]):
+            damaged = data.copy()
+            damaged.reshape(512, 8)[np.asarray(pairs), bit // 8] ^= 1 << (bit % 8)
+            assert checksum(damaged) != expected
+    for size in (4, 8, 64):
+        parts = data.reshape(-1, size)
+        for one, other in random.randint(0, len(parts), (100, 2)):
+            exchanged = parts.copy()
+            exchanged[[one, other]] = exchanged[[other, one]]
+            assert checksum(exchanged.reshape(-1)) != expected or one == other
+        for part in range(len(parts)):
+            emptied = parts.copy()
+            emptied[part] = 0
+            assert checksum(emptied.reshape(-1)) != expected
     assert checksum(np.zeros(8, np.uint8)) != checksum(np.zeros(16, np.uint8))
-    assert checksum(np.concatenate([data[8:16], data[:8]])) != checksum(data[:16])
+
+
+def test_compiled_code_has_the_same_checksum() -> None:
+    kernels = pytest.importorskip("data_prep.reading.kernels")
+    keys = checksum_keys(2048)
+    random = np.random.RandomState(1)
+    for size in (0, 1, 7, 8, 9, 15, 16, 1000, 4095):
+        data = random.randint(0, 256, size + 3).astype(np.uint8)
+        for start in range(3):  # whatever their alignment
+            assert int(kernels._checksum(data[start : start + size], keys)) == checksum(
+                data[start : start + size]
+            )
 
 
 @pytest.mark.parametrize("kept", [0, 10, 3000, SMALLEST_PAGE, -24, -1])

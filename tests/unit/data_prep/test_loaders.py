@@ -447,7 +447,7 @@ def test_one_changed_bit_is_an_error_that_names_the_sample(
     path = damage(mixed, sample)
     loader = training_loader(mixed, batch_size=3, training=False, backend=backend)
     step = sample // 3
-    message = rf"step {step} of epoch 0: {path}: sample {sample} is damaged: its checksum is wrong"
+    message = rf"epoch 1, step {step}: {path}: sample {sample} is damaged: its checksum is wrong"
     seen = 0
     with pytest.raises(DataError, match=message), loader.epoch(0) as batches:
         for _ in batches:
@@ -465,7 +465,7 @@ def test_bytes_that_are_no_image_are_an_error_that_names_the_sample(
             writer.append(0, np.full(500, number, dtype=np.uint8), 20, 30, JPG)
     broken = replace(mixed, files={"train": PreparedFile.measure(path)})
     loader = training_loader(broken, batch_size=1, training=False, backend=backend)
-    with pytest.raises(DataError, match=r"step 0 of epoch 0: .*: sample 0 is no image"):
+    with pytest.raises(DataError, match=r"epoch 1, step 0: .*: sample 0 is no image"):
         batches_of(loader)
 
 
@@ -476,7 +476,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_that_names_the_sample(
     loader = training_loader(mixed, batch_size=2, training=False, backend=backend)
     index = mixed.files["train"].open_index(mixed.folder)
     os.truncate(index.path, int(index.pointers[5]) + 10)
-    with pytest.raises(DataError, match=r"step 2 of epoch 1: .*: sample 5 cannot be read"):
+    with pytest.raises(DataError, match=r"epoch 2, step 2: .*: sample 5 cannot be read"):
         batches_of(loader, 1)
 
 
@@ -488,3 +488,70 @@ def test_a_gpu_gets_the_batches_of_the_cpu(digits: Manifest) -> None:
     for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=1e-6)
         assert torch.equal(gpu_labels.cpu(), cpu_labels)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"view": CentralCrop(0.875)},
+        {"view": Augmentation(crop_area=(0.3, 0.9))},
+        {"resolution": Resolution(64, 64, (0, 0))},
+        {"resolution": Resolution(16, 16, (0, 0))},
+    ],
+)
+def test_gray_images_are_never_resized(digits: Manifest, backend: str, options: dict) -> None:
+    settings: dict[str, Any] = {"batch_size": 32, "view": None, "backend": backend}
+    with pytest.raises(DataError, match=r"the gray images of .* are not resized"):
+        batches_of(training_loader(digits, **(settings | options)))
+
+
+class Outside(Augmentation):
+    """A view with a mistake: its windows begin above the images."""
+
+    def geometry(self, indices: Any, shapes: Any, seed: int, epoch: int) -> Any:
+        geometry = super().geometry(indices, shapes, seed, epoch)
+        geometry.windows[3, 0] -= 1
+        return geometry
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_outside_of_its_image_is_an_error(photographs: Manifest, backend: str) -> None:
+    loader = training_loader(
+        photographs, batch_size=8, training=False, view=Outside(), backend=backend
+    )
+    with pytest.raises(DataError, match=r"sample 3: the window \[-1, 0, \d+, \d+\] is not within"):
+        batches_of(loader)
+
+
+@pytest.mark.parametrize("padding", ["black", "edge"])
+@pytest.mark.parametrize("shift", [31, 32, 33, 60])
+def test_shifts_beyond_the_image_are_the_same_with_both_backends(
+    digits: Manifest, shift: int, padding: Any
+) -> None:
+    view = Augmentation(shift=shift, flip=True, padding=padding)
+    first, second = (
+        batches_of(training_loader(digits, view=view, backend=backend)) for backend in BACKENDS
+    )
+    assert same(first, second)
+
+
+def test_two_epochs_at_a_time_do_not_disturb_each_other(photographs: Manifest) -> None:
+    growth = Resolution(32, 64, (0, 1))
+    loader = training_loader(photographs, batch_size=8, view=WINDOW, resolution=growth)
+    alone = [batches_of(loader, epoch) for epoch in (0, 1)]
+    with loader.epoch(0) as first, loader.epoch(1) as second:
+        together = list(zip(first, second, strict=True))
+    for side, batches in enumerate(alone):
+        assert same(batches, [pair[side] for pair in together])
+
+
+@pytest.mark.parametrize("step", [-1, 99])
+def test_a_step_that_no_epoch_has_is_one_line(digits: Manifest, step: int) -> None:
+    with pytest.raises(DataError, match=f"start_step={step}: an epoch has 14 steps"):
+        batches_of(training_loader(digits), start_step=step)
+
+
+def test_a_device_that_nobody_copies_to_is_refused(digits: Manifest) -> None:
+    with pytest.raises(DataError, match="no batches for a device of type 'meta'"):
+        training_loader(digits, device="meta")

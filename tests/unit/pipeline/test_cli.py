@@ -64,6 +64,14 @@ def error_of(capsys, *arguments: str) -> str:
         (["--experiment", "digits_lenet5", "train.normalization=imagnet"], ["imagenet"]),
         (["--experiment", "digits_lenet5", "train.normalization=imagenet"], ["3 channels"]),
         (["--experiment", "digits_lenet5", "train.crop_area=[0.5,1]"], ["gray", "crop_area"]),
+        (["--experiment", "digits_lenet5", "train.test_crop=0.875"], ["gray", "test_crop"]),
+        (
+            [
+                *("--experiment", "cifar10_lenet5", "--dry-run", "train.first_image_size=24"),
+                "train.growth_epochs=[0,1]",
+            ],
+            ["lenet5 takes images of one size only"],
+        ),
         (["--experiment", "cifar10_resnet20", "train.crop_area=[0.5,0.1]"], ["train.crop_area"]),
         (["--experiment", "cifar10_resnet20", "train.crop_ratio=[2,1]"], ["train.crop_ratio"]),
         (["--experiment", "cifar10_resnet20", "train.first_image_size=16"], ["growth_epochs"]),

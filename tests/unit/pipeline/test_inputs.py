@@ -7,6 +7,7 @@ from PIL import Image
 
 from data_prep.datasets import DATASETS, Storage
 from pipeline import inputs
+from pipeline.config import PipelineError
 from pipeline.contact_sheet import write_contact_sheet
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
@@ -118,3 +119,22 @@ def test_the_normalization_of_a_folder_is_measured(settings):
     np.testing.assert_allclose(manifest.mean, mean, atol=2e-4)
     np.testing.assert_allclose(manifest.std, np.sqrt(squares / count - mean**2), atol=2e-4)
     assert len(index) == 72
+
+
+def test_a_contact_sheet_bears_any_class_name_and_few_images(tmp_path, recwarn):
+    raw = write_class_folders(tmp_path / "raw", train=4, val=1, classes=(r"a$\x_$", "\u9ce5"))
+    settings = [f"data.raw={raw}", f"data.prepared={tmp_path}", "train.batch_size=128"]
+    experiment = load_experiment("folder_resnet20", settings)
+    manifest = inputs.prepare(experiment, inputs.dataset_of(experiment), lambda *_: None)
+    write_contact_sheet(experiment, manifest, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
+    with pytest.raises(PipelineError, match=r"cannot write the picture: .*Not a directory|exists"):
+        write_contact_sheet(experiment, manifest, tmp_path / "sheet.png" / "below.png")
+
+
+def test_folders_for_another_machine_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment("digits_lenet5", ["data.prepared=here", "data.raw=there"])
+    data = inputs.with_absolute_folders(experiment).data
+    assert (data.prepared, data.raw, data.root) == (tmp_path / "here", tmp_path / "there", None)
