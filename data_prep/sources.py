@@ -14,6 +14,7 @@ from data_prep.datasets import DataError, Dataset, one_line_for_os_errors
 from data_prep.raw.arrays import read_cifar, read_digits, read_mnist, read_svhn
 from data_prep.raw.class_folders import read_class_folders, read_tinyimagenet
 from data_prep.raw.imagenet import read_imagenet
+from data_prep.raw.names import is_shown, printable
 from data_prep.raw.splits import (
     ArraySplit,
     EncodedSplit,
@@ -25,6 +26,7 @@ from data_prep.raw.splits import (
     TarSplit,
     ZipSplit,
 )
+from data_prep.raw.stamps import stamp
 
 __all__ = [
     "READERS",
@@ -42,6 +44,7 @@ __all__ = [
     "look",
     "open_raw",
     "raw_place",
+    "stamp",
 ]
 
 READERS: dict[str, Callable[[Source], Raw]] = {
@@ -77,11 +80,18 @@ def describe_place(dataset: Dataset, place: Path) -> str:
     """Where the images will come from, for people."""
     if dataset.reader == "digits":
         return "an installed package"
-    there = place.is_file() or (place.is_dir() and any(place.iterdir()))
-    if there or not dataset.downloads:
+    if place.is_file() or any(map(_is_brought, place.rglob("*"))):
         return str(place)
+    if not dataset.downloads:
+        return f"{place}, where nothing is yet"
     size = sum(download.bytes for download in dataset.downloads)
     return f"a download{f' of {size / 1e6:,.0f} MB' if size else ''} to {place}"
+
+
+def _is_brought(path: Path) -> bool:
+    """Whether it is a file, or a link to some, but no trace of a download."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    return is_shown(path.name) and not is_folder and not path.name.endswith((".part", ".part.json"))
 
 
 def check_place(dataset: Dataset, place: Path) -> None:
@@ -127,7 +137,7 @@ def open_raw(
         notes += _compare_count(dataset, name, split, check_raw)
         missing = sorted(set(range(len(raw.class_ids))) - set(split.labels.tolist()))
         if missing:
-            example = raw.class_ids[missing[0]]
+            example = printable(raw.class_ids[missing[0]])
             notes.append(f"no {name} images of {len(missing):,} classes, such as {example}")
     splits = raw.splits
     if max_per_class is not None:
@@ -202,10 +212,12 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def listing_digest(raw: Raw) -> str:
-    """SHA-256, 64 hex digits, of the names, labels and sizes of all files, which are not read.
+    """SHA-256, 64 hex digits, of all files, which are not read: names, labels, and states.
+
+    The same files in another place have another digest where their times of change differ.
 
     Raises:
-        DataError: when a file cannot be looked at.
+        DataError: when an archive cannot be looked at.
         TypeError: when the images are arrays.
     """
     digest = hashlib.sha256(os.fsencode("\0".join(raw.class_ids)))
@@ -213,11 +225,11 @@ def listing_digest(raw: Raw) -> str:
         if isinstance(split, ArraySplit):
             raise TypeError(f"the {name} split is an array without files")
         with one_line_for_os_errors("cannot list the images", split.place):
-            sizes = split.sizes()
+            states = split.states()
         digest.update(f"\0\0{name}\0{len(split)}\0".encode())
         digest.update(os.fsencode("\0".join(split.names)))
         digest.update(split.labels.astype("<i8").tobytes())
-        digest.update(sizes.astype("<i8").tobytes())
+        digest.update(states.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

@@ -3,7 +3,8 @@
     python docs/write_results.py runs     # takes the newest finished run of each experiment there
 
 The records are kept in docs/results.json; run without arguments, the tables are made of them anew.
-How fast images are read is in docs/loading.json, which tests/benchmarks/data_loading.py writes.
+How fast images are written and read is in docs/loading.json; tests/benchmarks/data_writing.py and
+data_loading.py write it.
 """
 
 from __future__ import annotations
@@ -68,13 +69,13 @@ def table(records: dict[str, dict[str, Any]]) -> str:
 
 def loading_table(races: dict[str, dict[str, float]]) -> str:
     """Images per second of each contestant of each race, and how much slower than the first."""
-    rows = ["| what is read | by | images/s | this loader is |", "|---|---|---:|---:|"]
+    rows = ["| what | by | images/s | the first is |", "|---|---|---:|---:|"]
     for title, speeds in races.items():
         if "first" in speeds:
             continue
-        ours = next(iter(speeds.values()))
+        first = next(iter(speeds.values()))
         for name, speed in speeds.items():
-            rows.append(f"| {title} | {name} | {speed:,.0f} | {ours / speed:.2f}x |")
+            rows.append(f"| {title} | {name} | {speed:,.0f} | {first / speed:.2f}x |")
             title = ""
     rows += ["", "| from the start of a process to its first batch | first | later |"]
     rows.append("|---|---:|---:|")

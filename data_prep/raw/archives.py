@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.datasets import DataError
-from data_prep.raw.splits import EncodedSplit, FileSplit, Integers, Progress, TarSplit, ZipSplit
+from data_prep.raw.names import is_shown, leaves_folder, printable
+from data_prep.raw.splits import (
+    LARGEST_FILE,
+    EncodedSplit,
+    FileSplit,
+    Integers,
+    Progress,
+    TarSplit,
+    ZipSplit,
+)
+from data_prep.raw.tar_listing import list_tar
 
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 
-#: No image and no list of labels is larger.
-_LARGEST_MEMBER = 256 << 20
 #: A file above the first number of bytes that was packed by more than the second is a ZIP bomb.
 _BOMB_BYTES, _BOMB_RATIO = 1 << 20, 200
-
-_TAR_BLOCK = 512
-#: A record of long names or attributes in a tar archive; no sane one is larger.
-_LARGEST_TAR_RECORD = 1 << 20
-_TAR_FILES, _TAR_FOLDER, _TAR_LONG_NAME, _TAR_PAX = b"0\x007", b"5", b"L", b"x"
-_TAR_IGNORED = b"gK"
 
 
 class Tree(ABC):
@@ -38,10 +38,14 @@ class Tree(ABC):
 
     Args:
         place: the folder or archive.
+
+    Attributes:
+        special: names of pipes, sockets and devices that ``files`` has met, and does not give.
     """
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.special: set[str] = set()
 
     @abstractmethod
     def folders(self, below: str = "") -> list[str]:
@@ -63,15 +67,8 @@ class Tree(ABC):
         """The files ``names``, N of them, as images with labels, int64 (N,)."""
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file.
-
-        Raises:
-            DataError: when it is larger than a list of labels can be.
-        """
-        one = self.split([name], np.zeros(1, dtype=np.int64))
-        if one.sizes()[0] > _LARGEST_MEMBER:
-            raise DataError(f"{one.name(0)} is too large for what it should hold")
-        return one.read(0)
+        """The bytes of one file; errors are those of ``EncodedSplit.read``."""
+        return self.split([name], np.zeros(1, dtype=np.int64)).read(0)
 
 
 def open_tree(place: Path, tell: Progress) -> Tree:
@@ -102,7 +99,7 @@ class FolderTree(Tree):
         if not folder.is_dir():
             return []
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if _is_shown(e.name) and e.is_dir())
+            return sorted(e.name for e in entries if is_shown(e.name) and _is_folder(e))
 
     def files(self, below: str = "", *, deep: bool = True) -> list[str]:
         found: list[str] = []
@@ -112,12 +109,19 @@ class FolderTree(Tree):
             before = f"{folder}/" if folder else ""
             with os.scandir(self.place / folder) as entries:
                 for entry in entries:
-                    if not _is_shown(entry.name):
+                    if not is_shown(entry.name):
                         continue
-                    if not entry.is_dir():
-                        found.append(before + entry.name)
-                    elif deep:
-                        waiting.append(before + entry.name)
+                    name = before + entry.name
+                    if entry.is_file(follow_symlinks=False):
+                        found.append(name)
+                    elif _is_folder(entry):
+                        if deep:
+                            _check_circle(entry)
+                            waiting.append(name)
+                    elif entry.is_symlink():  # where it leads is found out when it is read
+                        found.append(name)
+                    else:
+                        self.special.add(name)
         return sorted(found)
 
     def has(self, name: str) -> bool:
@@ -125,6 +129,24 @@ class FolderTree(Tree):
 
     def split(self, names: Sequence[str], labels: Integers) -> FileSplit:
         return FileSplit(self.place, names, labels)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where this user may not look: no folder to list
+        return False
+
+
+def _check_circle(entry: os.DirEntry[str]) -> None:
+    """Refuse a link to a folder above it, below which listing would never end."""
+    if not entry.is_symlink():
+        return
+    target = entry.stat()
+    if any(os.path.samestat(target, above.stat()) for above in Path(entry.path).parents):
+        raise DataError(
+            f"{printable(entry.path)} is a link to a folder in which it lies itself: remove it"
+        )
 
 
 class _ArchiveTree(Tree):
@@ -140,8 +162,8 @@ class _ArchiveTree(Tree):
         self._positions = {name: position for position, name in enumerate(names)}
         if len(self._positions) < len(names):
             twice = next(n for i, n in enumerate(names) if self._positions[n] != i)
-            raise DataError(f"{place}:{twice} is there twice: pack the archive anew")
-        self._sorted = sorted(name for name in names if all(map(_is_shown, name.split("/"))))
+            raise DataError(f"{place}:{printable(twice)} is there twice: pack the archive anew")
+        self._sorted = sorted(name for name in names if all(map(is_shown, name.split("/"))))
 
     def folders(self, below: str = "") -> list[str]:
         start = len(below) + 1 if below else 0
@@ -179,14 +201,17 @@ class ZipTree(_ArchiveTree):
     def __init__(self, place: Path) -> None:
         try:
             with zipfile.ZipFile(place) as archive:
-                members = [member for member in archive.infolist() if not member.is_dir()]
+                members = [m for m in archive.infolist() if not _zip_name(m).endswith("/")]
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise DataError(f"{place} is cut or no ZIP archive ({error})") from None
+            raise DataError(
+                f"{place} is cut or no ZIP archive ({error}): delete it and get it again"
+            ) from None
         for member in members:
             problem = _problem_of_zip_member(member)
             if problem:
-                raise DataError(f"{place}:{member.filename} {problem}: the archive is refused")
-        super().__init__(place, [_plain(member.filename) for member in members])
+                name = printable(member.filename)
+                raise DataError(f"{place}:{name} {problem}: the archive is refused")
+        super().__init__(place, [_zip_name(member) for member in members])
         columns = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members
         ]
@@ -198,8 +223,13 @@ class ZipTree(_ArchiveTree):
         return ZipSplit(self.place, names, labels, offsets, packed, lengths, checksums, deflated)
 
 
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    # Some programs on Windows write backslashes, against the format.
+    return member.filename.replace("\\", "/").removeprefix("./")
+
+
 def _problem_of_zip_member(member: zipfile.ZipInfo) -> str:
-    if _leaves_folder(member.filename):
+    if leaves_folder(member.filename):
         return "leads out of the folder"
     if stat.S_ISLNK(member.external_attr >> 16):
         return "is a link"
@@ -207,7 +237,7 @@ def _problem_of_zip_member(member: zipfile.ZipInfo) -> str:
         return "is encrypted"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return "is neither stored nor deflated"
-    if member.file_size > _LARGEST_MEMBER:
+    if member.file_size > LARGEST_FILE:
         return f"is of {member.file_size:,} bytes, more than any image"
     if member.file_size > max(_BOMB_BYTES, _BOMB_RATIO * member.compress_size):
         return f"is a bomb ({member.compress_size:,} bytes unpack to {member.file_size:,})"
@@ -225,12 +255,11 @@ class TarTree(_ArchiveTree):
         tell: progress in bytes; the headers lie all over the archive.
 
     Raises:
-        DataError: when it is cut or damaged, or has links or names that leave the folder.
+        DataError: as ``list_tar``.
     """
 
     def __init__(self, place: Path, tell: Progress) -> None:
-        with place.open("rb", buffering=0) as file:
-            members = list(_TarReader(place, file.fileno(), tell).members())
+        members = list_tar(place, tell)
         super().__init__(place, [member.name for member in members])
         places = [(member.offset, member.length) for member in members]
         self._table = np.array(places, dtype=np.int64).reshape(len(places), 2)
@@ -238,109 +267,3 @@ class TarTree(_ArchiveTree):
     def split(self, names: Sequence[str], labels: Integers) -> TarSplit:
         offsets, lengths = self._table[self._places(names)].T.copy()
         return TarSplit(self.place, names, labels, offsets, lengths)
-
-
-class _TarMember(NamedTuple):
-    name: str
-    offset: int
-    length: int
-
-
-class _TarReader:
-    """Finds the members of a tar archive; Python's own reader takes four times as long."""
-
-    def __init__(self, place: Path, descriptor: int, tell: Progress) -> None:
-        self._place, self._descriptor, self._tell = place, descriptor, tell
-        self._size = os.fstat(descriptor).st_size
-        # Jumps from header to header: reading ahead would fetch the images as well.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def members(self) -> Iterator[_TarMember]:
-        """All files, those of archives in the archive too."""
-        yield from self._members_between(0, self._size, "")
-        self._tell(f"list {self._place.name}", self._size, self._size)
-
-    def _members_between(self, start: int, end: int, before: str) -> Iterator[_TarMember]:
-        name = ""
-        while True:
-            header = self._read(start, _TAR_BLOCK, end)
-            if not any(header):
-                return
-            length = self._length(header, start)
-            kind, data = header[156:157], start + _TAR_BLOCK
-            start = data + -(-length // _TAR_BLOCK) * _TAR_BLOCK
-            if kind == _TAR_LONG_NAME:
-                name = self._record(data, length, end).rstrip(b"\0").decode(errors="replace")
-                continue
-            if kind == _TAR_PAX:
-                name = _pax_path(self._record(data, length, end)) or name
-                continue
-            if kind in _TAR_IGNORED:
-                continue
-            full, name = before + _plain(name or _short_name(header)), ""
-            if kind == _TAR_FOLDER:
-                continue
-            if kind not in _TAR_FILES:
-                raise DataError(
-                    f"{self._place}:{full} is a link or a device: not an archive to use"
-                )
-            if _leaves_folder(full):
-                raise DataError(f"{self._place}:{full} leads out of the folder: not one to use")
-            if start > end:
-                raise DataError(f"{self._place} is cut: it ends within {full}")
-            if full.endswith(".tar"):
-                self._tell(f"list {self._place.name}", data, self._size)
-                yield from self._members_between(data, data + length, full[:-4] + "/")
-            else:
-                yield _TarMember(full, data, length)
-
-    def _read(self, offset: int, length: int, end: int) -> bytes:
-        data = os.pread(self._descriptor, length, offset) if offset + length <= end else b""
-        if len(data) < length:
-            raise DataError(f"{self._place} is cut: its last member is not the last one")
-        return data
-
-    def _record(self, offset: int, length: int, end: int) -> bytes:
-        if length > _LARGEST_TAR_RECORD:
-            raise DataError(f"{self._place} is damaged: a name of {length:,} bytes")
-        return self._read(offset, length, end)
-
-    def _length(self, header: bytes, offset: int) -> int:
-        """What a header says of its member's size, once its own checksum is right."""
-        try:
-            expected = int(header[148:156].strip(b"\0 "), 8)
-            # The checksum counts its own eight characters as blanks.
-            if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
-                raise ValueError
-            if header[124] & 0x80:  # GNU's form for sizes of 8 GiB and more
-                return int.from_bytes(header[125:136], "big")
-            return int(header[124:136].strip(b"\0 ") or b"0", 8)
-        except ValueError:
-            raise DataError(f"{self._place} is damaged: no tar header at byte {offset:,}") from None
-
-
-def _short_name(header: bytes) -> str:
-    name = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].partition(b"\0")[0]
-        name = prefix + b"/" + name if prefix else name
-    return name.decode(errors="replace")
-
-
-def _pax_path(record: bytes) -> str:
-    """The name in a POSIX extended header, whose lines are ``<length> <key>=<value>``."""
-    match = re.search(rb"^\d+ path=(.*)$", record, re.MULTILINE)
-    return match[1].decode(errors="replace") if match else ""
-
-
-def _is_shown(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("./")
-
-
-def _leaves_folder(name: str) -> bool:
-    parts = re.split(r"[/\\]", name)
-    return ".." in parts or not parts[0] or re.match("[A-Za-z]:$", parts[0]) is not None

@@ -15,9 +15,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.datasets import DataError
+from data_prep.datasets import DataError, Download
 from data_prep.raw.downloads import check_md5, fetch
 from data_prep.raw.splits import ArraySplit, Raw, Source
+
+#: Where MNIST's files may lie: first as torchvision has them.
+_MNIST_FOLDERS = ("MNIST/raw/", "raw/", "")
 
 #: MD5 of MNIST's files once unpacked; those of the packed ones are in the row.
 _UNPACKED_MNIST = {
@@ -75,7 +78,7 @@ def read_mnist(source: Source) -> Raw:
 
     staged = source.scratch / "MNIST" / "raw"
     staged.mkdir(parents=True)
-    for download in source.dataset.downloads:
+    for download in _mnist_downloads(source):
         packed = source.place / download.path
         unpacked = packed.with_suffix("")
         if unpacked.is_file() and not packed.exists():
@@ -92,6 +95,24 @@ def read_mnist(source: Source) -> Raw:
             read = MNIST(source.scratch, train=split == "train")
         splits[split] = (read.data.numpy()[..., np.newaxis], read.targets.numpy())
     return _raw(source, splits)
+
+
+def _mnist_downloads(source: Source) -> list[Download]:
+    """The row's, in the folder where some of the files lie already."""
+    names = [Path(download.path).name for download in source.dataset.downloads]
+    files = [file for name in names for file in (name, name.removesuffix(".gz"))]
+    inner = next(
+        (
+            inner
+            for inner in _MNIST_FOLDERS
+            if any((source.place / inner / file).is_file() for file in files)
+        ),
+        _MNIST_FOLDERS[0],
+    )
+    return [
+        download._replace(path=inner + name)
+        for name, download in zip(names, source.dataset.downloads, strict=True)
+    ]
 
 
 def read_cifar(source: Source) -> Raw:
@@ -180,7 +201,9 @@ def _one_line_for_damage(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:  # of the system, not of the format
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} is damaged or of another format ({reason}): replace it") from error
+        raise DataError(
+            f"{path} is damaged or of another format ({reason}): delete it and get it again"
+        ) from error
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -212,7 +235,9 @@ def _unpack(archive: Path, folder: Path, names: Sequence[str]) -> None:
                 if not missing:
                     return
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{archive} is cut or damaged ({error}): replace it") from None
+        raise DataError(
+            f"{archive} is cut or damaged ({error}): delete it and get it again"
+        ) from None
     raise DataError(f"{archive} has no {', '.join(sorted(missing))}: it is another archive")
 
 

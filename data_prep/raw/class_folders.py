@@ -10,9 +10,22 @@ import numpy as np
 from data_prep.datasets import DataError, Dataset
 from data_prep.raw.archives import ARCHIVE_SUFFIXES, FolderTree, Tree, open_tree
 from data_prep.raw.downloads import fetch
+from data_prep.raw.names import printable
 from data_prep.raw.splits import EncodedSplit, Progress, Raw, Source
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+#: All that torchvision takes for images, and GIF.
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+)
 
 
 def read_class_folders(source: Source) -> Raw:
@@ -36,10 +49,12 @@ def read_class_folders(source: Source) -> Raw:
     notes += test_notes
     empty = sorted(set(range(len(classes))) - set(train.labels.tolist()))
     if empty:
-        raise DataError(f"{tree.place} has no images in {top}train/{classes[empty[0]]}/")
+        name = printable(classes[empty[0]])
+        raise DataError(f"{tree.place} has no images in {top}train/{name}/")
     if tested == "val" and tree.folders(f"{top}test"):
         notes.append(f"{top}test/ is not used: {top}val/ is there")
-    return Raw({"train": train, "test": test}, tuple(classes), tuple(classes), tuple(notes))
+    class_names = tuple(map(printable, classes))
+    return Raw({"train": train, "test": test}, class_names, tuple(classes), tuple(notes))
 
 
 def read_tinyimagenet(source: Source) -> Raw:
@@ -57,8 +72,12 @@ def read_tinyimagenet(source: Source) -> Raw:
     wnid_of = {row[0]: row[1] for row in rows if len(row) > 1}
     names = [name for name in tree.files(f"{top}val/images") if is_image(name)]
     test = label_files(tree, names, wnid_of, labels, f"{top}val/val_annotations.txt")
-    words = (line.partition("\t") for line in _text(tree, f"{top}words.txt").splitlines())
-    first = {wnid: names.partition(",")[0] for wnid, _, names in words}
+    first = {}
+    if tree.has(f"{top}words.txt"):
+        words = (line.partition("\t") for line in _text(tree, f"{top}words.txt").splitlines())
+        first = {wnid: synonyms.partition(",")[0] for wnid, _, synonyms in words}
+    else:
+        notes.append(f"no {top}words.txt: classes are named by their WordNet ids")
     class_names = tuple(first.get(wnid, wnid) for wnid in wnids)
     return Raw({"train": train, "test": test}, class_names, tuple(wnids), tuple(notes))
 
@@ -104,7 +123,9 @@ def _archive(source: Source) -> Path:
         if (place / download.path).exists():
             return fetch(source, download)
     entries = sorted(place.iterdir()) if place.is_dir() else []
-    archives = [path for path in entries if path.suffix.lower() in ARCHIVE_SUFFIXES]
+    archives = [
+        path for path in entries if path.suffix.lower() in ARCHIVE_SUFFIXES and path.is_file()
+    ]
     if len(archives) == 1:
         return archives[0]
     if len(archives) > 1:
@@ -156,12 +177,14 @@ def list_classes(
         names += images
         counts.append((label, len(images)))
     tell(f"list {below or tree.place.name}", len(labels), len(labels))
+    others += sorted(name for name in tree.special if name.startswith(top))
     label_of_class, count = np.array(counts, dtype=np.int64).T
     notes = []
     if others:
         notes.append(
             f"{len(others):,} files in {below or tree.place.name} are left out, being no images by "
-            f"name or in no folder of a class: {others[0]}{', ...' if len(others) > 1 else ''}"
+            f"name, no regular files or in no folder of a class: {printable(others[0])}"
+            f"{', ...' if len(others) > 1 else ''}"
         )
     return tree.split(names, np.repeat(label_of_class, count)), notes
 
@@ -190,7 +213,8 @@ def label_files(
         class_name = class_of.get(name.rpartition("/")[2], "")
         if class_name not in labels:
             problem = f"says {class_name}: no class" if class_name else "does not name it"
-            raise DataError(f"{tree.place / name} has no label: {list_name} {problem}")
+            file = printable(str(tree.place / name))
+            raise DataError(f"{file} has no label: {list_name} {problem}")
         found.append(labels[class_name])
     return tree.split(names, np.array(found, dtype=np.int64))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -12,12 +11,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.datasets import DataError, Download, one_line_for_os_errors
+from data_prep.locks import exclusive
 from data_prep.raw.splits import Progress, Source
 
 #: Seconds that a silent server is waited for.
@@ -80,7 +80,8 @@ def fetch(source: Source, download: Download) -> Path:
             return target
         new_folders = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target.parent, target.name, tell):
+        wait = f"wait for the process that downloads {target.name}"
+        with exclusive(target.parent / ".download.lock", lambda: tell(wait, 0, 1)):
             if target.exists():
                 return target
             reasons = []
@@ -113,34 +114,6 @@ def check_md5(path: Path, expected: str) -> None:
         )
 
 
-@contextmanager
-def _only_one(folder: Path, name: str, tell: Progress) -> Iterator[None]:
-    """Hold the folder's lock, a file that is gone afterwards; it is free when its holder dies."""
-    path = folder / ".download.lock"
-    while True:
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                tell(f"wait for the process that downloads {name}", 0, 1)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # While this one waited, the holder has removed the file: then the lock means nothing.
-            if not _is_named(lock.fileno(), path):
-                continue
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
-
-
-def _is_named(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _fetch_from(url: str, download: Download, target: Path, tell: Progress) -> None:
     part = target.with_name(f"{target.name}.part")
     state_file = part.with_name(f"{part.name}.json")
@@ -157,11 +130,11 @@ def _fetch_from(url: str, download: Download, target: Path, tell: Progress) -> N
             if rest is None:
                 raise
             time.sleep(rest)
-    found = _md5(part) if download.md5 else None
-    if found != download.md5:
+    problem = _problem_of(part, download)
+    if problem:
         part.unlink()
         state_file.unlink()
-        raise _Refused(f"its file has the MD5 {found} instead of {download.md5}")
+        raise _Refused(f"its file {problem}")
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
@@ -171,6 +144,19 @@ def _fetch_from(url: str, download: Download, target: Path, tell: Progress) -> N
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _problem_of(part: Path, download: Download) -> str:
+    """Why what has arrived is not the file that was wanted; empty where it is."""
+    if download.md5:
+        found = _md5(part)
+        return "" if found == download.md5 else f"has the MD5 {found} instead of {download.md5}"
+    if download.path.endswith(".zip"):
+        try:
+            zipfile.ZipFile(part).close()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            return f"is no whole ZIP archive ({error})"
+    return ""
 
 
 def _receive(url: str, download: Download, part: Path, state_file: Path, tell: Progress) -> None:
@@ -195,6 +181,8 @@ def _receive(url: str, download: Download, part: Path, state_file: Path, tell: P
         total = done + length if length else 0
         if total and download.bytes and total != download.bytes:
             raise _Refused(f"it offers {total:,} bytes instead of {download.bytes:,}")
+        if not (length or download.bytes or download.md5):
+            raise _Refused("it does not say how long the file is: whether all came is not known")
         _check_space(part.parent, length or download.bytes)
         state_file.write_text(json.dumps(_State(url, _version(response), total)))
         with part.open("ab" if done else "wb") as file:
@@ -207,8 +195,9 @@ def _receive(url: str, download: Download, part: Path, state_file: Path, tell: P
                 tell(f"download {download.path}", done, total or download.bytes)
     if not done:
         raise _Refused("it sends an empty file")
-    if total and done != total:
-        raise _Broken(f"the connection broke after {done:,} of {total:,} bytes")
+    expected = total or download.bytes
+    if expected and done != expected:
+        raise _Broken(f"the connection broke after {done:,} of {expected:,} bytes")
 
 
 def _open(request: urllib.request.Request) -> http.client.HTTPResponse:

@@ -108,7 +108,7 @@ def _ground_truth(
                 text = tree.read(folder + name).decode(errors="replace")
                 try:
                     return folder + name, read(text)
-                except (ValueError, IndexError):
+                except (ValueError, LookupError):
                     raise DataError(
                         f"{tree.place / folder / name} is not the list of labels that has this name"
                     ) from None
@@ -135,8 +135,9 @@ def _read_synset_labels(text: str) -> dict[int, str]:
 
 def _read_caffe(text: str, wnids: list[str]) -> dict[int, str]:
     """Lines ``ILSVRC2012_val_00000001.JPEG 65``: name, rank among the sorted WordNet ids."""
+    wnid_of = dict(enumerate(wnids))
     rows = [line.split() for line in text.splitlines()]
-    return {_number(row[0]): wnids[int(row[1])] for row in rows}
+    return {_number(row[0]): wnid_of[int(row[1])] for row in rows}
 
 
 def _find_devkit(tree: Tree, folder: str) -> tuple[str, bytes, bytes] | None:

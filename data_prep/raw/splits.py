@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.datasets import DataError, Dataset
+from data_prep.raw.names import printable
 
 #: Called as tell(stage, done, total).
 Progress = Callable[[str, int, int], None]
 
 Integers = npt.NDArray[np.int64]
+
+#: Bytes; no image and no list of labels is larger.
+LARGEST_FILE = 256 << 20
 
 #: Fixed part of the header that a ZIP archive keeps before each member.
 _ZIP_HEADER_BYTES = 30
@@ -80,12 +85,16 @@ class EncodedSplit(ABC):
 
         Raises:
             OSError: when it cannot be read.
-            DataError: when an archive does not hold what it announces.
+            DataError: when it is too large for an image or no regular file, or an archive does
+                not hold what it announces.
         """
 
     @abstractmethod
-    def sizes(self) -> Integers:
-        """Bytes of each file, int64 (N,), without reading the files."""
+    def states(self) -> Integers:
+        """What tells whether files have changed, without reading them: int64 (N, 2).
+
+        Bytes of each file, and a number that is another one when it holds something else.
+        """
 
     def take(self, chosen: Integers) -> Self:
         """The files at the positions ``chosen``, int64 (M,), in that order."""
@@ -94,20 +103,43 @@ class EncodedSplit(ABC):
         }
         return replace(self, names=[self.names[i] for i in chosen.tolist()], **parts)
 
+    def _check_size(self, index: int, size: int) -> None:
+        if size > LARGEST_FILE:
+            raise DataError(f"{self.name(index)} is of {size:,} bytes, more than any image")
+
 
 @dataclass(frozen=True)
 class FileSplit(EncodedSplit):
     """Files below a folder."""
 
     def name(self, index: int) -> str:
+        return printable(self._path(index))
+
+    def _path(self, index: int) -> str:
         return f"{self.place}{os.sep}{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        return Path(self.name(index)).read_bytes()
+        # Opening a pipe would wait for its other end.
+        descriptor = os.open(self._path(index), os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{self.name(index)} is no regular file")
+            self._check_size(index, status.st_size)
+            return file.readall()
 
-    def sizes(self) -> Integers:
-        counts = (Path(self.name(index)).stat().st_size for index in range(len(self)))
-        return np.fromiter(counts, dtype=np.int64, count=len(self))
+    def states(self) -> Integers:
+        """Sizes and times of change; -1 where there are none, as of a link that leads nowhere."""
+        rows = [_state(Path(self._path(index))) for index in range(len(self))]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), 2)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:  # it is reported when the file is read
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -123,18 +155,22 @@ class TarSplit(EncodedSplit):
     lengths: Integers
 
     def name(self, index: int) -> str:
-        return f"{self.place}:{self.names[index]}"
+        return printable(f"{self.place}:{self.names[index]}")
 
     def read(self, index: int) -> bytes:
+        length = int(self.lengths[index])
+        self._check_size(index, length)
         with self.place.open("rb", buffering=0) as file:
-            length = int(self.lengths[index])
             data = os.pread(file.fileno(), length, int(self.offsets[index]))
         if len(data) != length:
             raise DataError(f"{self.name(index)} is cut: the archive ended within it")
         return data
 
-    def sizes(self) -> Integers:
-        return self.lengths
+    def states(self) -> Integers:
+        """Sizes, and size and time of change of the archive, mixed into one number."""
+        status = self.place.stat()
+        version = np.full(len(self), status.st_mtime_ns ^ status.st_size, dtype=np.int64)
+        return np.stack([self.lengths, version], axis=1)
 
 
 @dataclass(frozen=True)
@@ -156,7 +192,7 @@ class ZipSplit(EncodedSplit):
     deflated: npt.NDArray[np.bool_]
 
     def name(self, index: int) -> str:
-        return f"{self.place}:{self.names[index]}"
+        return printable(f"{self.place}:{self.names[index]}")
 
     def read(self, index: int) -> bytes:
         offset, packed, length = (
@@ -186,8 +222,9 @@ class ZipSplit(EncodedSplit):
         except zlib.error as error:
             raise DataError(f"{self.name(index)} is damaged: {error}") from None
 
-    def sizes(self) -> Integers:
-        return self.lengths
+    def states(self) -> Integers:
+        """Sizes and CRCs."""
+        return np.stack([self.lengths, self.checksums], axis=1)
 
 
 @dataclass(frozen=True)

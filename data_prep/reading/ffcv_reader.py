@@ -268,65 +268,82 @@ def _build_pipeline(batch_size: int, decode: _BatchDecoder) -> tuple[SimpleNames
     return pipeline, operation
 
 
+class _EndingThread:
+    """What FFCV's epoch thread is to do otherwise: end, and say why it ended.
+
+    FFCV's own loop sets torch's thread count, dies silently, and blocks for good at its last batch
+    when nobody takes it.
+    """
+
+    loader: SimpleNamespace
+    order: Indices
+    iter_ixes: Iterator[Indices]
+    output_queue: queue.Queue[Any]
+    terminate_event: threading.Event
+    run_pipeline: Callable[..., tuple[Images]]
+    is_alive: Callable[[], bool]
+    join: Callable[..., None]
+
+    taken = 0
+
+    def run(self) -> None:
+        slots = self.loader.batches_ahead + 2
+        try:
+            for number, samples in enumerate(self.iter_ixes):
+                images = self.run_pipeline(number, samples, number % slots, None)
+                if not self._offer(images):
+                    return
+        except BaseException as error:  # raised again in the consumer
+            self._offer(error)
+        else:
+            self._offer(None)
+
+    def _offer(self, item: tuple[Images] | BaseException | None) -> bool:
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> tuple[Images]:
+        deadline = time.monotonic() + BATCH_TIMEOUT
+        while True:
+            try:
+                item = self.output_queue.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    raise DataError("the loader thread is gone") from None
+                if time.monotonic() > deadline:
+                    first = self.order[self.taken * self.loader.batch_size]
+                    raise DataError(
+                        f"no batch came in {BATCH_TIMEOUT:g} s; its first sample is {first}"
+                    ) from None
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        self.taken += 1
+        return item
+
+    def close(self) -> None:
+        self.terminate_event.set()
+        # A thread that hangs inside a read cannot be ended; being a daemon it keeps nobody.
+        self.join(timeout=_JOIN_TIMEOUT)
+
+
 @functools.cache
 def _epoch_type() -> type[EpochIterator]:
-    """FFCV's epoch thread, made to end, and to say why it ended."""
+    """FFCV's epoch thread with our ending."""
     with ffcv_without_compiler():
         from ffcv.loader import epoch_iterator
 
     # The copies to a GPU are ours; FFCV would make five streams on whichever is the current one.
     epoch_iterator.IS_CUDA = False
 
-    class Epoch(epoch_iterator.EpochIterator):
-        taken = 0
-
-        def run(self) -> None:
-            # FFCV's own loop sets torch's thread count, dies silently, and blocks for good at
-            # its last batch when nobody takes it.
-            slots = self.loader.batches_ahead + 2
-            try:
-                for number, samples in enumerate(self.iter_ixes):
-                    images = self.run_pipeline(number, samples, number % slots, None)
-                    if not self._offer(images):
-                        return
-            except BaseException as error:  # raised again in the consumer
-                self._offer(error)
-            else:
-                self._offer(None)
-
-        def _offer(self, item: tuple[Images] | BaseException | None) -> bool:
-            while not self.terminate_event.is_set():
-                try:
-                    self.output_queue.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def __next__(self) -> tuple[Images]:
-            deadline = time.monotonic() + BATCH_TIMEOUT
-            while True:
-                try:
-                    item = self.output_queue.get(timeout=1.0)
-                    break
-                except queue.Empty:
-                    if not self.is_alive() and self.output_queue.empty():
-                        raise DataError("the loader thread is gone") from None
-                    if time.monotonic() > deadline:
-                        first = self.order[self.taken * self.loader.batch_size]
-                        raise DataError(
-                            f"no batch came in {BATCH_TIMEOUT:g} s; its first sample is {first}"
-                        ) from None
-            if item is None:
-                raise StopIteration
-            if isinstance(item, BaseException):
-                raise item
-            self.taken += 1
-            return item
-
-        def close(self) -> None:
-            self.terminate_event.set()
-            # A thread that hangs inside a read cannot be ended; being a daemon it keeps nobody.
-            self.join(timeout=_JOIN_TIMEOUT)
+    class Epoch(_EndingThread, epoch_iterator.EpochIterator):
+        """A thread that makes the batches of one epoch."""
 
     return Epoch

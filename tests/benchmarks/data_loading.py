@@ -230,11 +230,11 @@ def cold_start(name: str, task: Task, cache: Path) -> float:
 
 
 def report(title: str, speeds: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Print the speeds with their ratios to the first one, and return them under the title."""
+    """Print the speeds with the ratio of the first one to each; return them under the title."""
     print(f"\n{title}")
-    ours = next(iter(speeds.values()))
+    first = next(iter(speeds.values()))
     for name, speed in speeds.items():
-        print(f"  {name:<30}{speed:>9,.0f} img/s   this loader is {ours / speed:5.2f}x", flush=True)
+        print(f"  {name:<30}{speed:>9,.0f} img/s   the first is {first / speed:5.2f}x", flush=True)
     return {title: speeds}
 
 
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--record", type=Path, help="JSON file to write, docs/loading.json")
+    parser.add_argument("--record", type=Path, help="JSON file to add to, docs/loading.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -256,10 +256,10 @@ def main() -> None:
         record: dict[str, dict[str, float]] = {}
         for threads in sorted({1, CORES}):
             task = Task(kept["jpg"].folder, threads, True)
-            images = f"{kept['jpg'].counts['train']:,} JPEGs of at most 400 px"
+            images = f"reading {kept['jpg'].counts['train']:,} JPEGs of at most 400 px"
             record |= report(f"{images}, {threads} threads", race(task, names, arguments.rounds))
             task = Task(small.folder, threads, False)
-            images = f"{SMALL_IMAGES[0]:,} images of 32 px"
+            images = f"reading {SMALL_IMAGES[0]:,} images of 32 px"
             speeds = race(task, names[:4], arguments.rounds)
             record |= report(f"{images}, {threads} threads", speeds)
         speeds = {
@@ -268,7 +268,7 @@ def main() -> None:
             )["this loader"]
             for kind, manifest in kept.items()
         }
-        record |= report(f"the same photographs, {CORES} threads", speeds)
+        record |= report(f"the same photographs by this loader, {CORES} threads", speeds)
         for kind, manifest in kept.items():
             print(f"  {kind}: {manifest.bytes / sum(manifest.counts.values()):,.0f} bytes an image")
         print("\nfrom the start of a process to its first batch")
@@ -278,7 +278,9 @@ def main() -> None:
             print(f"  {name:<30}{first:5.1f} s, the second time {second:.1f} s")
             record[f"cold start of {name}"] = {"first": first, "second": second}
     if arguments.record:
-        arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+        known = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
+        known = {title: speeds for title, speeds in known.items() if "writing" in title}
+        arguments.record.write_text(json.dumps(record | known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

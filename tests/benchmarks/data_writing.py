@@ -12,6 +12,7 @@ take turns; ratios are of medians.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -94,35 +95,39 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="JSON file to add to, docs/loading.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or write_class_folders(Path(scratch) / "raw", 600, 60, scale=8)
         raw = repeated(folder, Path(scratch) / "repeated", arguments.repeat)
         images = sum(path.is_file() for path in raw.rglob("*"))
-        contestants: dict[str, Callable[[], float]] = {}
+        contestants: dict[tuple[int, str], Callable[[], float]] = {}
         for processes in sorted({CORES, 1}):
             work = (raw, processes, SIDE, QUALITY)
-            at = f"{processes} processes"
-            contestants[f"this writer, {at}"] = partial(seconds_of, OURS, *work, False)
-            contestants[f"this writer, passing JPEGs, {at}"] = partial(
-                seconds_of, OURS, *work, True
-            )
-            contestants[f"stock FFCV, {at}"] = partial(seconds_of, STOCK, *work)
-        times: dict[str, list[float]] = {name: [] for name in contestants}
+            contestants[processes, "this writer"] = partial(seconds_of, OURS, *work, False)
+            passing = partial(seconds_of, OURS, *work, True)
+            contestants[processes, "this writer, passing JPEGs"] = passing
+            contestants[processes, "stock FFCV"] = partial(seconds_of, STOCK, *work)
+        times: dict[tuple[int, str], list[float]] = {key: [] for key in contestants}
         for _ in range(arguments.rounds):
-            for name, run in contestants.items():
-                times[name].append(run())
-        speeds = {name: images / statistics.median(values) for name, values in times.items()}
-        print(f"{images:,} photographs, longest side {SIDE}, quality {QUALITY}, start included")
+            for key, run in contestants.items():
+                times[key].append(run())
+    record: dict[str, dict[str, float]] = {}
+    for (processes, name), values in times.items():
+        title = f"writing {images:,} JPEGs, longest side {SIDE}, {processes} processes"
+        record.setdefault(title, {})[name] = images / statistics.median(values)
+    for title, speeds in record.items():
+        print(title)
         for name, speed in speeds.items():
-            ratio = speed / speeds[f"stock FFCV, {name.rpartition(', ')[2]}"]
-            print(f"  {name:<42}{speed:>7,.0f} img/s   {ratio:5.2f}x stock FFCV")
-        one, all_cores = (speeds[f"this writer, {n} processes"] for n in (1, CORES))
-        print(f"  {CORES} processes are {all_cores / one / CORES:.0%} of linear scaling")
-        hours = IMAGENET / one / 3600
-        print(
-            f"  ImageNet's {IMAGENET:,} images: {hours:.1f} core-hours at the speed of one process"
-        )
+            ratio = speed / speeds["stock FFCV"]
+            print(f"  {name:<30}{speed:>7,.0f} img/s   {ratio:5.2f}x stock FFCV")
+    one, all_cores = (speeds["this writer"] for speeds in record.values())
+    print(f"{CORES} processes are {all_cores / one / CORES:.0%} of linear scaling")
+    print(f"ImageNet's {IMAGENET:,} images: {IMAGENET / one / 3600:.1f} core-hours")
+    if arguments.record:
+        known = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
+        known = {title: speeds for title, speeds in known.items() if "writing" not in title}
+        arguments.record.write_text(json.dumps(known | record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

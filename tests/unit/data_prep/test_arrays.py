@@ -81,9 +81,10 @@ def small_mnist(place: Path, packed: bool) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_files_in_the_format_of_mnist_are_read(packed: bool, tmp_path: Path) -> None:
-    images = small_mnist(tmp_path / "mnist", packed)
-    raw = open_here(get_dataset("mnist"), tmp_path / "mnist", check_raw=False)
+@pytest.mark.parametrize("place", ["", "MNIST", "MNIST/raw"])
+def test_files_in_the_format_of_mnist_are_read(packed: bool, place: str, tmp_path: Path) -> None:
+    images = small_mnist(tmp_path, packed)
+    raw = open_here(get_dataset("mnist"), tmp_path / place, check_raw=False)
     for split in ("train", "test"):
         assert np.array_equal(images_of(raw, split)[..., 0], images[split])
         assert raw.splits[split].labels.tolist() == [n % 10 for n in range(len(images[split]))]
@@ -237,7 +238,7 @@ def test_an_archive_of_cifar_that_is_cut_is_one_line(tmp_path: Path) -> None:
     whole = archive.read_bytes()
     for length in range(0, len(whole) - 20, len(whole) // 20):
         archive.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=rf"^{archive} is cut or damaged \(.*\): replace it"):
+        with pytest.raises(DataError, match=rf"^{archive} is cut or damaged \(.*\): delete it"):
             open_here(get_dataset("cifar100"), tmp_path, check_raw=False)
     write_tar(archive, {name: files[name] for name in list(files)[:2]})
     with pytest.raises(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data_prep import DataError, get_dataset
+from data_prep.raw.class_folders import is_image
 from data_prep.sources import EncodedSplit, listing_digest, look
 from tests.unit.data_prep.raw_files import (
     PETS,
@@ -80,8 +82,8 @@ def test_what_is_no_image_is_counted_and_an_unused_split_is_said(tmp_path: Path)
         PETS | named("train/cat/notes.txt", "train/dog/x", "train/loose.jpg", "test/cat/t.jpg"),
     )
     assert open_here(get_dataset("folder"), tmp_path).notes == (
-        "3 files in train are left out, being no images by name or in no folder of a class: "
-        "train/loose.jpg, ...",
+        "3 files in train are left out, being no images by name, no regular files or in no folder "
+        "of a class: train/loose.jpg, ...",
         "test/ is not used: val/ is there",
     )
 
@@ -124,13 +126,38 @@ def test_classes_that_are_never_tested_are_said(tmp_path: Path) -> None:
     )
 
 
-def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
-    write_files(tmp_path, PETS)
-    strange = os.fsencode(tmp_path / "train" / "cat") + b"/\xff.jpg"
-    Path(os.fsdecode(strange)).write_bytes(b"strange")
+def test_names_that_are_no_text_are_read_and_made_printable(tmp_path: Path) -> None:
+    strange = os.fsdecode(b"\xff")
+    write_files(tmp_path, PETS | {f"train/{strange}/{strange}.jpg": b"strange"})
+    write_files(tmp_path, {f"train/{strange}/{strange}.txt": b"no image"})
     raw = open_here(get_dataset("folder"), tmp_path)
-    assert labels_by_content(raw, "train")["strange"] == 0
+    assert labels_by_content(raw, "train")["strange"] == 2
+    assert raw.class_ids[2] == strange and raw.class_names[2] == "\\xff"
     assert len(listing_digest(raw)) == 64
+    assert raw.notes == (
+        "1 files in train are left out, being no images by name, no regular files or in no folder "
+        "of a class: train/\\xff/\\xff.txt",
+        "no test images of 1 classes, such as \\xff",
+    )
+
+
+def test_a_pipe_with_the_name_of_an_image_is_left_out_and_a_dead_link_waits_to_be_read(
+    tmp_path: Path,
+) -> None:
+    write_files(tmp_path, PETS)
+    os.mkfifo(tmp_path / "train" / "cat" / "pipe.jpg")
+    (tmp_path / "val" / "cat" / "gone.jpg").symlink_to("nothing")
+    raw = open_here(get_dataset("folder"), tmp_path)
+    assert [len(raw.splits[split]) for split in ("train", "test")] == [4, 4]
+    assert raw.notes == (
+        "1 files in train are left out, being no images by name, no regular files or in no folder "
+        "of a class: train/cat/pipe.jpg",
+    )
+    assert len(listing_digest(raw)) == 64
+
+
+def test_every_kind_of_file_that_torchvision_takes_for_an_image_is_one() -> None:
+    assert all(is_image(f"x{suffix.upper()}") for suffix in IMG_EXTENSIONS)
 
 
 def test_imagenet16_wants_sixteen_classes(tmp_path: Path) -> None:
@@ -187,6 +214,18 @@ def test_tiny_imagenet_is_read_where_it_lies(
     assert raw.notes == (
         "9 of the 100,000 train images of tinyimagenet",
         "6 of the 10,000 test images of tinyimagenet",
+    )
+
+
+def test_without_words_the_classes_of_tiny_imagenet_are_named_by_their_ids(tmp_path: Path) -> None:
+    files = tiny_files()
+    del files["tiny-imagenet-200/words.txt"]
+    raw = open_here(
+        replace(get_dataset("tinyimagenet"), classes=3), write_zip(tmp_path / "a.zip", files)
+    )
+    assert raw.class_names == raw.class_ids == ("n01", "n02", "n03")
+    assert raw.notes[0] == (
+        "no tiny-imagenet-200/words.txt: classes are named by their WordNet ids"
     )
 
 

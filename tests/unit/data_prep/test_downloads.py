@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -296,6 +298,46 @@ def test_a_file_with_another_checksum_is_deleted(
     with pytest.raises(DataError, match=rf"its file has the MD5 \w{{32}} instead of {MD5}\)"):
         fetch(source(tmp_path), from_url(serve(behavior)))
     assert files(tmp_path) == set()
+
+
+ZIP = io.BytesIO()
+with zipfile.ZipFile(ZIP, "w") as archive:
+    archive.writestr("x.jpg", bytes(1000))
+
+
+@pytest.mark.parametrize(
+    ("behavior", "reason"),
+    [
+        (Behavior(content=b"<html>log in</html>"), "its file is no whole ZIP archive (File is not"),
+        (Behavior(content=ZIP.getvalue()[:900]), "its file is no whole ZIP archive (File is not"),
+        (Behavior(content=ZIP.getvalue(), chunked=True), "it does not say how long the file is"),
+    ],
+    ids=["log-in page", "end missing", "unknown length"],
+)
+def test_an_archive_without_checksum_has_to_be_whole(
+    behavior: Behavior, reason: str, serve: Callable[[Behavior], str], tmp_path: Path
+) -> None:
+    download = from_url(serve(behavior), md5=None, size=0, path="a.zip")
+    with pytest.raises(DataError) as caught:
+        fetch(source(tmp_path), download)
+    assert f"(127.0.0.1: {reason}" in str(caught.value) and "\n" not in str(caught.value)
+    assert files(tmp_path) == set()
+
+
+def test_a_whole_archive_without_checksum_is_taken(
+    serve: Callable[[Behavior], str], tmp_path: Path
+) -> None:
+    behavior = Behavior(content=ZIP.getvalue())
+    download = from_url(serve(behavior), md5=None, size=0, path="a.zip")
+    assert fetch(source(tmp_path), download).read_bytes() == ZIP.getvalue()
+
+
+def test_a_file_without_announced_length_has_that_of_the_row(
+    serve: Callable[[Behavior], str], tmp_path: Path
+) -> None:
+    url = serve(Behavior(content=CONTENT[:-1], chunked=True))
+    with pytest.raises(DataError, match="the connection broke after 3,071,999 of 3,072,000 bytes"):
+        fetch(source(tmp_path), from_url(url, md5=None))
 
 
 def test_the_next_mirror_is_asked_where_one_fails(

@@ -205,6 +205,7 @@ FLAT = train_files("train/") | val_files("val/")
         ),
         (FLAT, r"has no labels of the flat validation images: put LOC_val_solution\.csv, "),
         (FLAT | {"val.txt": b"ILSVRC2012_val_00000001.JPEG 3\n"}, r"val\.txt is not the list of"),
+        (FLAT | {"val.txt": b"ILSVRC2012_val_00000001.JPEG -1\n"}, r"val\.txt is not the list of"),
         (FLAT | {"val.txt": b"ILSVRC2012_val_00000001.JPEG\n"}, r"val\.txt is not the list of"),
         (
             FLAT | {"LOC_val_solution.csv": b"\nx,y"},
@@ -283,4 +284,4 @@ def test_real_photographs_are_found_in_every_form_of_imagenet(form: str, tmp_pat
         assert isinstance(images, EncodedSplit)
         assert images.labels.tolist() == [label for _, label in expected.samples]
         assert [images.read(index) for index in range(len(images))] == contents
-        assert images.sizes().tolist() == [len(content) for content in contents]
+        assert images.states()[:, 0].tolist() == [len(content) for content in contents]

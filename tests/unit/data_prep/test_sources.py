@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,13 +10,14 @@ import numpy as np
 import pytest
 
 from data_prep import DATASETS, DataError, get_dataset
-from data_prep.sources import describe_place, generate, listing_digest, raw_place
+from data_prep.sources import describe_place, generate, listing_digest, raw_place, stamp
 from tests.unit.data_prep.raw_files import (
     PETS,
     labels_by_content,
     named,
     open_here,
     write_files,
+    write_tar,
     write_zip,
 )
 
@@ -38,6 +42,23 @@ def test_a_line_says_whether_there_will_be_a_download(tmp_path: Path) -> None:
     (tmp_path / "train_32x32.mat").touch()
     assert describe_place(row, tmp_path) == str(tmp_path)
     assert describe_place(get_dataset("digits"), tmp_path) == "an installed package"
+
+
+def test_traces_of_a_download_are_no_files_yet(tmp_path: Path) -> None:
+    row = get_dataset("svhn")
+    write_files(tmp_path, named(".download.lock", "x/a.mat.part", "x/a.mat.part.json"))
+    assert describe_place(row, tmp_path) == f"a download of 246 MB to {tmp_path}"
+    for place in (tmp_path, tmp_path / "missing"):
+        assert describe_place(get_dataset("folder"), place) == f"{place}, where nothing is yet"
+    write_files(tmp_path, named("x/a.mat"))
+    assert describe_place(row, tmp_path) == str(tmp_path)
+
+
+def test_linked_folders_are_files(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", PETS)
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets" / "train").symlink_to(tmp_path / "elsewhere" / "train")
+    assert describe_place(get_dataset("folder"), tmp_path / "pets") == f"{tmp_path}/pets"
 
 
 @pytest.mark.parametrize("name", ["imagenet", "folder"])
@@ -82,17 +103,24 @@ def test_the_first_images_of_each_class_are_taken(count: int, tmp_path: Path) ->
         open_here(get_dataset("folder"), place, max_per_class=0)
 
 
-def test_the_digest_of_a_listing_sees_names_labels_and_sizes_but_not_the_place(
+SOON = 1_800_000_000 * 10**9  # nanoseconds since 1970
+
+
+def set_time(path: Path, time: int) -> None:
+    os.utime(path, ns=(time, time))
+
+
+def test_the_digest_of_a_listing_sees_names_labels_and_states_but_not_the_place(
     tmp_path: Path,
 ) -> None:
     def digest(files: dict[str, bytes], name: str) -> str:
-        return listing_digest(open_here(get_dataset("folder"), write_files(tmp_path / name, files)))
+        place = write_files(tmp_path / name, files)
+        for file in files:
+            set_time(place / file, SOON)
+        return listing_digest(open_here(get_dataset("folder"), place))
 
     first = digest(PETS, "first")
     assert first == digest(PETS, "second")
-    assert first == listing_digest(
-        open_here(get_dataset("folder"), write_zip(tmp_path / "third.zip", PETS))
-    )
     changed = [
         PETS | {"train/cat/c.webp": b"of another size"},
         PETS | named("train/cat/new.jpg"),
@@ -102,6 +130,71 @@ def test_the_digest_of_a_listing_sees_names_labels_and_sizes_but_not_the_place(
     ]
     digests = {digest(files, f"changed-{n}") for n, files in enumerate(changed)}
     assert len(digests) == len(changed) and first not in digests
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_files, "pets"), (write_zip, "pets.zip"), (write_tar, "pets.tar")]
+)
+def test_other_bytes_of_the_same_size_have_another_digest(
+    write: Callable[[Path, dict[str, bytes]], Path], name: str, tmp_path: Path
+) -> None:
+    def digest() -> str:
+        return listing_digest(open_here(get_dataset("folder"), tmp_path / name))
+
+    write(tmp_path / name, PETS)
+    first = digest()
+    assert digest() == first
+    image = "train/cat/c.webp"
+    write(tmp_path / name, PETS | {image: PETS[image][::-1]})
+    assert digest() != first
+
+
+def test_a_stamp_sees_files_come_and_go_and_archives_and_lists_change(tmp_path: Path) -> None:
+    assert stamp(tmp_path / "missing") == ""
+    pets, linked = tmp_path / "pets", tmp_path / "linked"
+    write_files(linked, named("fox/a.jpg"))
+    write_files(pets, PETS | named("val.txt", "MNIST/raw/train-labels-idx1-ubyte", "a.zip"))
+    (pets / "train" / "fox").symlink_to(linked / "fox")
+    (pets / "gone").symlink_to("nothing")
+    (pets / "train" / "back").symlink_to(pets)  # a circle
+    seen = [stamp(pets)]
+    assert stamp(pets) == seen[0] and len(seen[0]) == 64
+    changes: list[Callable[[], object]] = [
+        lambda: write_files(pets, named("train/cat/new.jpg")),
+        lambda: (pets / "train" / "cat" / "new.jpg").rename(pets / "train" / "dog" / "new.jpg"),
+        lambda: (pets / "train" / "cat" / "deep" / "er" / "z.png").unlink(),
+        lambda: (pets / "train" / "cat").rename(pets / "train" / "cow"),
+        lambda: (linked / "fox" / "a.jpg").unlink(),
+        lambda: set_time(pets / "val.txt", SOON),
+        lambda: (pets / "MNIST" / "raw" / "train-labels-idx1-ubyte").write_bytes(b"longer" * 99),
+        lambda: set_time(pets / "a.zip", SOON),
+    ]
+    for change in changes:
+        change()
+        seen.append(stamp(pets))
+    assert len(set(seen)) == len(seen)
+    write_files(pets, {"train/dog/b.JPG": b"another image"})
+    assert stamp(pets) == seen[-1]
+
+
+def test_a_stamp_of_an_archive_is_its_size_and_time(tmp_path: Path) -> None:
+    place = write_zip(tmp_path / "a.zip", PETS)
+    set_time(place, SOON)
+    first = stamp(place)
+    set_time(place, SOON + 1)
+    assert stamp(place) != first
+    place.write_bytes(place.read_bytes() + b"x")
+    set_time(place, SOON)
+    assert stamp(place) != first
+
+
+def test_a_stamp_of_a_thousand_folders_takes_no_time(tmp_path: Path) -> None:
+    for number in range(1000):
+        write_files(tmp_path, {f"train/{number}/a.jpg": b""})
+    stamp(tmp_path)
+    start = time.perf_counter()
+    stamp(tmp_path)
+    assert time.perf_counter() - start < 0.5  # a tenth of it where nothing else runs
 
 
 def test_a_row_without_classes_has_nothing_to_generate() -> None:
