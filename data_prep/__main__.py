@@ -6,7 +6,8 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,12 @@ from data_prep.datasets import Storage
 
 #: Seconds between two lines of progress.
 _REPORT_INTERVAL = 5.0
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError
+    return Path(text)
 
 
 def _flag(text: str) -> bool:
@@ -38,9 +45,9 @@ class _Setting:
 
 
 _SETTINGS = {
-    "root": _Setting(Path, "folder of raw data sets; default TERNFORGE_DATA, else data"),
-    "raw": _Setting(Path, "the data set's own raw folder, zip or tar, instead of <root>/<name>"),
-    "prepared": _Setting(Path, "folder of prepared data sets; default prepared"),
+    "root": _Setting(_path, "folder of raw data sets; default TERNFORGE_DATA, else data"),
+    "raw": _Setting(_path, "the data set's own raw folder, zip or tar, instead of <root>/<name>"),
+    "prepared": _Setting(_path, "folder of prepared data sets; default prepared"),
     "side": _Setting(_side, "longest side of a stored image in pixels, or none"),
     "format": _Setting(str, "jpg, raw or mixed"),
     "quality": _Setting(int, "of the JPEG encoder, 10 to 100"),
@@ -58,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m data_prep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings:\n"
+        epilog="settings, as name=value or data.name=value:\n"
         + "\n".join(f"  {name + '=':15}{setting.help}" for name, setting in _SETTINGS.items()),
     )
     parser.add_argument("dataset", nargs="?", help=", ".join(DATASETS))
@@ -70,21 +77,51 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if parsed.dataset is None:
         parser.error("say which data set, or --list")
-    signal.signal(signal.SIGTERM, _end)
     try:
-        _prepare(parsed.dataset, parsed.settings)
+        with _signals_end_once():
+            _prepare(parsed.dataset, parsed.settings)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing is left behind", file=sys.stderr)
+        print(
+            "interrupted: nothing was prepared; a download goes on from where it stopped",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """On SIGTERM, clean up as after Ctrl-C."""
-    raise KeyboardInterrupt
+@contextmanager
+def _signals_end_once() -> Iterator[None]:
+    """Clean up on SIGTERM as after Ctrl-C, and let no second signal disturb that."""
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) != signal.SIG_IGN  # as a shell sets it in the background
+    ]
+    is_ending = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal is_ending
+        if not is_ending:
+            is_ending = True
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if is_ending else handler)
+
+
+def _printable(text: str) -> str:
+    """The text on one line that any terminal shows; names of files may hold whatever bytes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def _listing() -> str:
@@ -107,29 +144,30 @@ def _prepare(name: str, texts: list[str]) -> None:
     how = "already prepared" if manifest.reused else "written and verified"
     counts = " + ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
     size = manifest.bytes / 1e6
-    print(f"{manifest.dataset}: {counts} images, {size:,.0f} MB, {how}: {manifest.folder}")
-    for note in manifest.notes:
-        print(f"note: {note}")
+    lines = [f"{manifest.dataset}: {counts} images, {size:,.0f} MB, {how}: {manifest.folder}"]
+    lines += [f"note: {note}" for note in manifest.notes]
     if manifest.quarantine:
         first = manifest.quarantine[0]
-        print(
+        lines.append(
             f"note: {len(manifest.quarantine):,} bad images were left out, listed in "
             f"{manifest.folder / 'manifest.json'}; the first: {first.name}: {first.reason}"
         )
+    print(*map(_printable, lines), sep="\n")
 
 
 def _parsed(texts: list[str]) -> dict[str, Any]:
     options = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, value = text.removeprefix("data.").partition("=")
         if not equals or name not in _SETTINGS:
             raise DataError(
-                f"unknown setting {text!r}: write name=value; names are {', '.join(_SETTINGS)}"
+                f"unknown setting {text!r}: write name=value or data.name=value; names are "
+                f"{', '.join(_SETTINGS)}"
             )
         try:
             options[name] = _SETTINGS[name].read(value)
         except ValueError:
-            raise DataError(f"{text!r}: {name} is {_SETTINGS[name].help}") from None
+            raise DataError(f"{text!r}: data.{name} is {_SETTINGS[name].help}") from None
     return options
 
 

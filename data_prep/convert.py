@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import features
 
 from data_prep import sources
 from data_prep.beton import PAGE_BYTES
@@ -24,7 +23,8 @@ from data_prep.manifest import (
     PreparedFile,
     digest_of,
 )
-from data_prep.preparing.images import has_strict_decoder
+from data_prep.preparing.folders import only_one, wait_for_disk, written_whole
+from data_prep.preparing.images import has_strict_decoder, jpeg_decoder
 from data_prep.preparing.request import (
     Request,
     expected_bytes,
@@ -32,7 +32,7 @@ from data_prep.preparing.request import (
     make_request,
 )
 from data_prep.preparing.verification import verify_arrays, verify_files
-from data_prep.preparing.workers import Workers
+from data_prep.preparing.workers import MAIN_GUARD, Workers, is_starting
 from data_prep.preparing.writing import Written, estimate_bytes, write_arrays, write_files
 from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress, Raw
 
@@ -136,61 +136,43 @@ def prepare(
         synthetic: made-up images (train, test), at least 1 each, in the shape of the data set
             instead of its own.
         storage: how images of many sizes are kept; default as the row says.
-        max_per_class: take only the first so many images of each class.
+        max_per_class: take only the first so many images of each class; the bad ones among them
+            are not replaced by others.
         check_raw: compare raw files with their published checksums.
         bad_share: of each split, the share of images that may be bad; those are left out and
             listed in the manifest. One bad image is allowed in any split, unless it is 0.
-        processes: that decode and encode; default one for each core. They make no difference to
-            the files.
+        processes: that decode and encode; default one for each core; no difference to the files.
+            More than one need ``if __name__ == "__main__":`` in the script that calls this.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        DataError: one line, when raw data are missing or damaged, too many images are bad,
-            prepared files are not what the manifest says, or nothing can be written.
+        DataError: one line, when raw data are missing or damaged, too many images or all of a
+            training class are bad, prepared files are not as written, or nothing can be written.
     """
-    tell = progress or _silent
     _check_work(bad_share, processes)
-    request = make_request(
-        dataset,
-        root=root,
-        raw=raw,
-        prepared=prepared,
-        synthetic=synthetic,
-        storage=storage,
-        max_per_class=max_per_class,
-        check_raw=check_raw,
-        tell=tell,
-    )
-    with one_line_for_os_errors(f"cannot prepare {request.row.name}", request.folder.parent):
-        if not request.folder.exists():
-            if request.synthetic is None:
-                sources.check_place(request.row, request.place)
-            with _only_one(request.folder, request.row.name, tell):
-                if not request.folder.exists():
-                    return _make(request, bad_share, processes or _cores(), tell)
-        return _checked(request, tell)
+    tell, processes = progress or _silent, processes or _cores()
+    with _one_line_for_lack_of_memory(processes):
+        request = make_request(
+            dataset,
+            root=root,
+            raw=raw,
+            prepared=prepared,
+            synthetic=synthetic,
+            storage=storage,
+            max_per_class=max_per_class,
+            check_raw=check_raw,
+            tell=tell,
+        )
+        return _prepared(request, bad_share, processes, tell)
 
 
 def _check_work(bad_share: float, processes: int | None) -> None:
+    if is_starting():
+        raise DataError(MAIN_GUARD)
     if not 0 <= bad_share <= 1:
         raise DataError(f"data.bad_share={bad_share:g} is no share: it goes from 0 to 1")
     if processes is not None and processes < 1:
         raise DataError(f"data.processes={processes}: at least 1 is needed")
-
-
-def _make(request: Request, bad_share: float, processes: int, tell: Progress) -> Manifest:
-    """Write the folder beside its place, and rename it into place when all is well."""
-    partial = request.folder.with_name(f"{request.folder.name}.partial")
-    _remove_leftovers(partial)
-    try:
-        partial.mkdir()
-        _write_all(request, partial, bad_share, processes, tell)
-        partial.rename(request.folder)
-        _sync(request.folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Manifest.read(request.folder)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -201,65 +183,70 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _checked(request: Request, tell: Progress) -> Manifest:
+@contextmanager
+def _one_line_for_lack_of_memory(processes: int) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise DataError(
+            f"too little memory: try fewer data.processes (now {processes}), or a machine with more"
+        ) from None
+
+
+def _prepared(request: Request, bad_share: float, processes: int, tell: Progress) -> Manifest:
+    """The manifest of the files that are there, or else are made now."""
+    folder, name = request.folder, request.row.name
+    with one_line_for_os_errors(f"cannot prepare {name}", folder.parent):
+        if not folder.exists():
+            if request.synthetic is None:
+                sources.check_place(request.row, request.place)
+            waits = partial(tell, f"wait for the process that prepares {name}", 0, 1)
+            with only_one(folder, waits):
+                if not folder.exists():
+                    with written_whole(folder) as new:
+                        _write_all(request, new, bad_share, processes, tell)
+                    return Manifest.read(folder)
+        return _checked(request, bad_share, tell)
+
+
+def _checked(request: Request, bad_share: float, tell: Progress) -> Manifest:
     tell("check", 0, 1)
     manifest = Manifest.read(request.folder)
     manifest.check(request.spec)
+    manifest.check_bad_share(bad_share)
     tell("check", 1, 1)
-    return replace(manifest, reused=True)
-
-
-@contextmanager
-def _only_one(folder: Path, name: str, tell: Progress) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when its holder dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock_file(folder).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tell(f"wait for the process that prepares {name}", 0, 1)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
-def _remove_leftovers(partial: Path) -> None:
-    """Delete what killed processes left: this partial folder, and all whose lock nobody holds."""
-    if partial.exists():
-        shutil.rmtree(partial)
-    for other in partial.parent.glob("*.partial"):
-        # Somebody is at work there, or it belongs to another user.
-        with (
-            suppress(BlockingIOError, PermissionError),
-            _lock_file(other.with_suffix("")).open("w") as lock,
-        ):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other, ignore_errors=True)
+    notes = manifest.notes
+    stamp = sources.stamp(request.place) if manifest.raw_stamp else ""
+    if stamp and stamp != manifest.raw_stamp:
+        notes += (
+            f"the raw files in {request.place} are not those that were prepared: delete "
+            f"{request.folder} to prepare them anew",
+        )
+    return replace(manifest, notes=notes, reused=True)
 
 
 def _write_all(
-    request: Request, partial: Path, bad_share: float, processes: int, tell: Progress
+    request: Request, folder: Path, bad_share: float, processes: int, tell: Progress
 ) -> None:
-    scratch = partial / "raw"
+    scratch = folder / "raw"
     scratch.mkdir()
     raw = request.raw or _open(request, scratch, tell)
+    # Where files had to be listed to know the spec, the spec itself says which ones they are.
+    is_known = request.raw is not None or request.synthetic is not None
+    stamp = "" if is_known else sources.stamp(request.place)
     if max(len(split) for split in raw.splits.values()) < _FEW:
         processes = 1
+    written, notes = {}, raw.notes
     with Workers(processes) as workers:
-        _check_space(request, raw, partial, workers, tell)
-        written = {
-            name: _write_split(request, name, split, partial, bad_share, workers, tell)
-            for name, split in raw.splits.items()
-        }
+        _check_space(request, raw, folder, workers, tell)
+        for name, split in raw.splits.items():
+            written[name] = _write_split(request, name, split, folder, bad_share, workers, tell)
+            notes += _lost_classes(raw, name, written[name])
     shutil.rmtree(scratch)
-    manifest = _describe(request, raw, written, partial)
-    path = partial / MANIFEST_NAME
+    manifest = _describe(request, replace(raw, notes=notes), stamp, written, folder)
+    path = folder / MANIFEST_NAME
     path.write_text(manifest.to_json())
-    _sync(path)
-    _sync(partial)
+    wait_for_disk(path)
 
 
 def _open(request: Request, scratch: Path, tell: Progress) -> Raw:
@@ -281,17 +268,17 @@ def _write_split(
     request: Request,
     name: str,
     split: ArraySplit | EncodedSplit,
-    partial: Path,
+    folder: Path,
     bad_share: float,
     workers: Workers,
     tell: Progress,
 ) -> Written:
     """Write a split, wait until it is on the disk, and compare it with its source."""
-    path = partial / f"{name}.beton"
+    path = folder / f"{name}.beton"
     measured = request.row.normalization is None and name == "train"
     if isinstance(split, ArraySplit):
         written = write_arrays(split, name, path, measured=measured, tell=tell)
-        _sync(path)
+        wait_for_disk(path)
         verify_arrays(written, split, name, tell)
         return written
     if request.storage is None:
@@ -306,15 +293,35 @@ def _write_split(
         workers=workers,
         tell=tell,
     )
-    _sync(path)
+    wait_for_disk(path)
     verify_files(written, split, name, storage=request.storage, workers=workers, tell=tell)
     return written
 
 
+def _lost_classes(raw: Raw, name: str, written: Written) -> tuple[str, ...]:
+    """A note of classes whose images are all bad.
+
+    Raises:
+        DataError: when there is one in the training split.
+    """
+    split = raw.splits[name]
+    lost = np.setdiff1d(split.labels, written.labels).tolist()
+    if not lost:
+        return ()
+    line = f"all {name} images of {raw.class_names[lost[0]]} are bad"
+    if len(lost) > 1:
+        line += f", and so are those of {len(lost) - 1:,} other classes"
+    if name != "train":
+        return (line,)
+    first = split.name(int(np.flatnonzero(split.labels == lost[0])[0]))
+    reason = next(file.reason for file in written.bad if file.name == first)
+    raise DataError(f"{line}: {first}: {reason}")
+
+
 def _check_space(
-    request: Request, raw: Raw, partial: Path, workers: Workers, tell: Progress
+    request: Request, raw: Raw, folder: Path, workers: Workers, tell: Progress
 ) -> None:
-    """Refuse to begin what the disk cannot hold."""
+    """Refuse to begin what the disk cannot hold; archives of arrays are unpacked by now."""
     tell("estimate the size", 0, 1)
     needed = 0
     for split in raw.splits.values():
@@ -323,17 +330,19 @@ def _check_space(
         elif request.storage is not None:
             needed += estimate_bytes(split, request.storage, workers)
     needed = int(needed * (1 + _SPACE_MARGIN)) + 2 * len(raw.splits) * PAGE_BYTES
-    free = shutil.disk_usage(partial).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
             f"cannot prepare {request.row.name}: it takes about {needed / 1e6:,.0f} MB, and "
-            f"{partial.parent} has {free / 1e6:,.0f} MB free: make room, or point data.prepared "
+            f"{folder.parent} has {free / 1e6:,.0f} MB free: make room, or point data.prepared "
             "to another disk"
         )
     tell("estimate the size", 1, 1)
 
 
-def _describe(request: Request, raw: Raw, written: dict[str, Written], partial: Path) -> Manifest:
+def _describe(
+    request: Request, raw: Raw, stamp: str, written: dict[str, Written], folder: Path
+) -> Manifest:
     normalization, sums = request.row.normalization, written["train"].sums
     if sums is not None:
         normalization = sums.normalization()
@@ -341,9 +350,12 @@ def _describe(request: Request, raw: Raw, written: dict[str, Written], partial: 
         raise DataError(f"{request.row.name}: all training images have one color, nothing to learn")
     notes = raw.notes
     if request.storage is not None and not has_strict_decoder():
-        notes += ("damage in the middle of a JPEG was not looked for: FFCV is not installed",)
+        notes += (
+            "damage in the middle of a JPEG was not looked for: neither FFCV nor libturbojpeg was "
+            "installed when the images were prepared",
+        )
     return Manifest(
-        folder=partial,
+        folder=folder,
         spec=request.spec,
         files={name: PreparedFile.measure(split.path) for name, split in written.items()},
         counts={name: len(split.labels) for name, split in written.items()},
@@ -356,6 +368,7 @@ def _describe(request: Request, raw: Raw, written: dict[str, Written], partial: 
             for name, split in written.items()
         },
         quarantine=tuple(file for split in written.values() for file in split.bad),
+        raw_stamp=stamp,
         notes=notes,
         fingerprint=digest_of({name: split.fingerprint for name, split in written.items()}),
         versions=_versions(),
@@ -371,14 +384,5 @@ def _versions() -> dict[str, str]:
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "pillow": PIL.__version__,
-        "libjpeg-turbo": features.version("libjpeg_turbo") or "unknown",
+        "jpeg decoder": jpeg_decoder(),
     }
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

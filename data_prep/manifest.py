@@ -15,7 +15,7 @@ from data_prep.datasets import DataError, Dataset, Normalization, Storage
 MANIFEST_NAME = "manifest.json"
 
 #: Part of every spec: raise it when files written earlier must not be used any more.
-FORMAT = 2
+FORMAT = 3
 
 #: Larger files are hashed again only when their modification time has changed: each image has a
 #: checksum of its own, which is verified whenever it is read.
@@ -67,6 +67,12 @@ def make_spec(
     }
     # As it will be read back: lists for tuples.
     return json.loads(json.dumps(spec))
+
+
+def allowed_bad(bad_share: float, count: int) -> int:
+    """How many of ``count`` images may be bad: the share of them, and one in any case unless the
+    share is 0."""
+    return max(1, int(bad_share * count)) if bad_share > 0 else 0
 
 
 class BadFile(NamedTuple):
@@ -163,6 +169,8 @@ class Manifest:
         std: as ``mean``.
         class_histogram: images of each class, for each split.
         quarantine: raw files that were left out.
+        raw_stamp: of the raw files as they were, see ``sources.stamp``; empty where the spec itself
+            says which ones they are, or where there are none.
         notes: worth telling, one line each.
         fingerprint: SHA-256 of all labels, sizes and stored bytes in order, 64 hex digits; the
             same for the same content, whatever the folder and the number of processes.
@@ -180,6 +188,7 @@ class Manifest:
     std: tuple[float, ...]
     class_histogram: dict[str, list[int]]
     quarantine: tuple[BadFile, ...]
+    raw_stamp: str
     notes: tuple[str, ...]
     fingerprint: str
     versions: dict[str, str]
@@ -262,6 +271,21 @@ class Manifest:
                 )
         for file in self.files.values():
             file.check(self.folder)
+
+    def check_bad_share(self, bad_share: float) -> None:
+        """Compare the images that were left out with the share of each split that may be.
+
+        Raises:
+            DataError: when there are more.
+        """
+        for split, count in self.counts.items():
+            bad = [file for file in self.quarantine if file.split == split]
+            if len(bad) > allowed_bad(bad_share, count + len(bad)):
+                raise DataError(
+                    f"{self.folder} was prepared without {len(bad)} bad {split} images of "
+                    f"{count + len(bad):,}, more than data.bad_share={bad_share:g} of all: the "
+                    f"first is {bad[0].name}: {bad[0].reason}"
+                )
 
 
 def _index_sha256(index: Index) -> str:

@@ -182,8 +182,8 @@ def _check_alike(manifests: list[Manifest]) -> None:
     if len({(manifest.fingerprint, manifest.folder) for manifest in manifests}) > 1:
         raise DataError(
             f"the machines of the cluster prepared different images in {manifests[0].folder}; give "
-            "all of them the same raw files, copied with their times, and the same versions, or set "
-            "data.location=shared"
+            "all of them the same raw files, copied with their times, and the same versions, or "
+            "set data.location=shared"
         )
 
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError, features
 
 from data_prep.beton import JPG, PAGE_BYTES, RAW
 from data_prep.datasets import Storage
@@ -44,9 +46,11 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: libjpeg-turbo's first warning where nothing but a few bytes behind the image is wrong, as in some
-#: files of ImageNet: the image is whole.
-_HARMLESS = "extraneous bytes before marker 0xd9"
+#: libjpeg-turbo's warning of bytes between the image and the marker of its end. Padding, as some
+#: encoders write it, is harmless; but a damaged scan that ends early leaves its rest there too.
+_EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_END_MARKER = b"\xff\xd9"
+_PADDING = b"\x00\xff"
 
 #: Deviation in pixels of the Gaussian that smooths for a reduction to 1 / sqrt(2). Measured: of
 #: 0.30 to 0.52, the closest to Lanczos' filter over reductions from 0.9 to 0.5.
@@ -99,7 +103,13 @@ def clean(data: bytes, storage: Storage, index: int) -> Stored:
     raw = storage.format == "raw" or (storage.format == "mixed" and index % 2 == 1)
     if raw:
         stored = reduced.reshape(-1)
-    elif storage.passthrough and is_clean and reduced is pixels and _is_plain_jpeg(image):
+    elif (
+        storage.passthrough
+        and is_clean
+        and reduced is pixels
+        and len(data) <= pixels.size  # not megabytes of metadata around a small image
+        and _is_plain_jpeg(image)
+    ):
         stored = np.frombuffer(data, dtype=np.uint8)
     else:
         stored = _jpeg(reduced, storage.quality)
@@ -162,12 +172,25 @@ def reduced_size(height: int, width: int, side: int | None) -> tuple[int, int]:
 
 
 def has_strict_decoder() -> bool:
-    """Whether damage in the middle of a JPEG is found; it needs the library of FFCV."""
+    """Whether damage in the middle of a JPEG is found, for which libjpeg-turbo itself is needed."""
     return _turbo() is not None
+
+
+def jpeg_decoder() -> str:
+    """Which library decodes JPEGs: that of FFCV, the system's, or that within Pillow."""
+    turbo = _turbo()
+    if turbo is None:
+        return f"pillow {features.version('libjpeg_turbo')}"
+    if "libffcv" in Path(turbo._name).name:
+        return f"ffcv {importlib.metadata.version('ffcv')}"
+    return "libturbojpeg"
 
 
 def decode_jpeg(data: bytes, width: int, height: int, cmyk: bool = False) -> tuple[Pixels, bool]:
     """Decode a JPEG, accepting no damage; also whether it gives no warning at all.
+
+    The one warning that is accepted is of bytes before the end marker that are all 0x00 or 0xFF,
+    without which the file decodes as it should.
 
     Args:
         data: the whole file.
@@ -176,37 +199,52 @@ def decode_jpeg(data: bytes, width: int, height: int, cmyk: bool = False) -> tup
         cmyk: whether it has four components; then so has what is returned.
 
     Raises:
-        BadImage: at any error or warning of libjpeg-turbo that concerns the image.
+        BadImage: at any error of libjpeg-turbo, and at any warning but that one.
         RuntimeError: when ``has_strict_decoder()`` is not true.
     """
+    pixels, problem = _decompressed(data, width, height, cmyk)
+    if not problem:
+        return pixels, True
+    # Twice: the decoder reads ahead, and does not count what it has read of the padding.
+    for _ in range(2):
+        data = _without_padding(data, problem)
+        pixels, problem = _decompressed(data, width, height, cmyk)
+        if not problem:
+            return pixels, False
+    raise BadImage(f"damaged JPEG: {problem}")
+
+
+def _decompressed(data: bytes, width: int, height: int, cmyk: bool) -> tuple[Pixels, str]:
+    """What libjpeg-turbo decodes, and its first complaint or nothing."""
     turbo = _turbo()
     if turbo is None:
         raise RuntimeError("libjpeg-turbo was not found")
     pixels = np.empty((height, width, 4 if cmyk else 3), dtype=np.uint8)
+    form = _TJPF_CMYK if cmyk else _TJPF_RGB
     handle = turbo.tjInitDecompress()
     try:
         failed = turbo.tjDecompress2(
-            handle,
-            data,
-            len(data),
-            pixels.ctypes.data,
-            width,
-            0,
-            height,
-            _TJPF_CMYK if cmyk else _TJPF_RGB,
-            0,
+            handle, data, len(data), pixels.ctypes.data, width, 0, height, form, 0
         )
         problem = turbo.tjGetErrorStr2(handle).decode() if failed else ""
     finally:
         turbo.tjDestroy(handle)
-    if problem and _HARMLESS not in problem:
+    return pixels, problem
+
+
+def _without_padding(data: bytes, problem: str) -> bytes:
+    """The file without the bytes that the decoder warns of, if they are nothing but padding."""
+    found = _EXTRANEOUS.search(problem)
+    end = data.rfind(_END_MARKER)
+    start = end - int(found[1]) if found else -1
+    if start < 0 or data[start:end].strip(_PADDING):
         raise BadImage(f"damaged JPEG: {problem}")
-    return pixels, not problem
+    return data[:start] + data[end:]
 
 
 @functools.cache
 def _turbo() -> ctypes.CDLL | None:
-    """libjpeg-turbo as FFCV's library brings it along; that one is loaded, FFCV is not."""
+    """libjpeg-turbo as FFCV's library brings it along, which is not imported; else the system's."""
     package = importlib.util.find_spec("ffcv")
     folders = [] if package is None else list(package.submodule_search_locations or [])
     names = [str(file) for folder in folders for file in Path(folder).glob("_libffcv*.so")]

@@ -26,7 +26,7 @@ class Request:
         row: the data set.
         storage: how encoded images are kept; None for arrays.
         synthetic: made-up images (train, test) instead of its own.
-        max_per_class: take only the first so many images of each class.
+        max_per_class: take only the first so many images of each class, bad ones included.
         check_raw: compare raw files with their published checksums.
         place: of the raw files.
         spec: all that decides what is in the prepared files, see ``manifest.make_spec``.
@@ -75,7 +75,7 @@ def make_request(
             )
         identity = {"name": place.resolve().name, "listing": sources.listing_digest(opened)}
     elif synthetic is None and raw is not None:
-        identity = {"name": place.resolve().name}
+        identity = {"path": str(place.resolve())}
     spec = make_spec(
         row,
         storage=storage,

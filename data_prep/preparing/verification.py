@@ -23,7 +23,7 @@ from data_prep.preparing.images import (
     reduced_size,
 )
 from data_prep.preparing.workers import Workers
-from data_prep.preparing.writing import Written
+from data_prep.preparing.writing import Written, read_image
 from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress
 
 #: Largest root mean square difference, in gray levels, between the thumbnails of a stored image
@@ -31,7 +31,7 @@ from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress
 #: are allowed (32 pixels, quality 10); between two different photographs 66 to 73 on average,
 #: and more than 18 in 999 of 1,000 pairs.
 _TOLERANCE = 14.0
-_THUMBNAIL = (4, 4)
+_THUMBNAIL_SIDE = 4
 
 #: The same of all pixels, where none should have changed but for the decoder's rounding.
 _EXACT_TOLERANCE = 1.0
@@ -174,7 +174,7 @@ def _check_page(task: _Task) -> int | str:
 def _looks_like(
     stored: Bytes, index: Index, number: int, sources: EncodedSplit, place: int, storage: Storage
 ) -> bool:
-    content = sources.read(place)
+    content = read_image(sources, place)
     source = decode(content)
     height, width = int(index.heights[number]), int(index.widths[number])
     if (height, width) != reduced_size(source.shape[0], source.shape[1], storage.side):
@@ -185,17 +185,22 @@ def _looks_like(
         pixels = stored.reshape(height, width, 3)
         if pixels.shape == source.shape:
             return _difference(pixels, source) <= _EXACT_TOLERANCE
-        return _difference(_thumbnail(pixels), _thumbnail(source)) <= _TOLERANCE
+        return _looks_alike(pixels, source)
     if stored.tobytes() == content:
         return True
     if has_strict_decoder():
         decode_jpeg(stored.tobytes(), width, height)
-    pixels = decode(stored.tobytes())
-    return _difference(_thumbnail(pixels), _thumbnail(source)) <= _TOLERANCE
+    return _looks_alike(decode(stored.tobytes()), source)
 
 
-def _thumbnail(pixels: Pixels) -> Pixels:
-    return np.asarray(Image.fromarray(pixels).resize(_THUMBNAIL, Image.Resampling.BOX))
+def _looks_alike(stored: Pixels, source: Pixels) -> bool:
+    """Whether the thumbnails of two images are alike; a thin image has fewer pixels to compare."""
+    height, width = (min(_THUMBNAIL_SIDE, size) for size in stored.shape[:2])
+    one, other = (
+        np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
+        for pixels in (stored, source)
+    )
+    return _difference(one, other) <= _TOLERANCE
 
 
 def _difference(one: Pixels, other: Pixels) -> float:

@@ -22,6 +22,15 @@ Result = TypeVar("Result")
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
+#: What a script needs, because a new process runs it once more, up to there.
+MAIN_GUARD = 'a script has to call prepare() below `if __name__ == "__main__":`'
+
+
+def is_starting() -> bool:
+    """Whether this is a new process of a pool that runs its parent's script once more."""
+    # The mark that multiprocessing itself sets, and refuses to start processes by.
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
+
 
 class Workers:
     """A pool of processes; a context manager. With one process the work is done in this one.
@@ -33,6 +42,7 @@ class Workers:
     def __init__(self, processes: int) -> None:
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
+        self._has_worked = False
 
     def __enter__(self) -> Workers:
         return self
@@ -64,14 +74,24 @@ class Workers:
             for task in tasks:
                 waiting.append(self._submit(function, task))
                 if len(waiting) > 2 * self._processes:
-                    yield waiting.popleft().result()
+                    yield self._first(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield self._first(waiting)
         except BrokenProcessPool:
+            if not self._has_worked:
+                raise DataError(
+                    f"the worker processes did not start: {MAIN_GUARD}; or they were killed, for "
+                    f"lack of memory: try fewer processes (now {self._processes})"
+                ) from None
             raise DataError(
                 "a worker process was killed, by hand or for lack of memory: try again, with fewer "
                 f"processes if it happens again (now {self._processes})"
             ) from None
+
+    def _first(self, waiting: deque[Future[Result]]) -> Result:
+        result = waiting.popleft().result()
+        self._has_worked = True
+        return result
 
     def _submit(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
         if self._pool is None:

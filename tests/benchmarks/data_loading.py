@@ -37,8 +37,8 @@ from data_prep.beton import read_index
 from data_prep.datasets import Storage
 from tests.pictures import write_class_folders
 
-BATCH, ROUNDS = 64, 7
-SMALL_BATCH, SMALL_IMAGES = 512, (20_000, 1_000)
+BATCH, ROUNDS = 64, 5
+SMALL_BATCH, SMALL_IMAGES = 512, (10_240, 1_000)
 CORES = os.cpu_count() or 1
 
 Epoch = Callable[[int], Iterator[Any]]

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
-from data_prep import DataError, Manifest, convert, get_dataset, plan, prepare
+from data_prep import DataError, Manifest, convert, ffcv_available, get_dataset, plan, prepare
 from data_prep.beton import JPG
 from data_prep.datasets import Storage, one_line_for_os_errors
 from data_prep.preparing import images
@@ -44,10 +45,6 @@ def read_back(manifest: Manifest, split: str) -> tuple[list[np.ndarray], list[in
             shape = (index.heights[number], index.widths[number], index.channels)
             images.append(np.frombuffer(data, np.uint8).reshape(shape))
     return images, index.labels.tolist()
-
-
-def left_over(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +120,13 @@ def test_what_could_not_be_checked_without_ffcv_is_noted(
     manifest = prepare("folder", raw=folders, prepared=tmp_path / "without")
     assert manifest.fingerprint == expected.fingerprint
     assert any("damage in the middle of a JPEG was not looked for" in it for it in manifest.notes)
+    assert manifest.versions["jpeg decoder"].startswith("pillow ")
+
+
+@pytest.mark.skipif(not ffcv_available(), reason="FFCV is not installed")
+def test_the_manifest_says_which_library_decoded(folders: Path, tmp_path: Path) -> None:
+    manifest = prepare("folder", raw=folders, prepared=tmp_path)
+    assert manifest.versions["jpeg decoder"] == f"ffcv {version('ffcv')}"
 
 
 def test_images_of_a_single_color_are_refused(tmp_path: Path) -> None:
@@ -131,8 +135,8 @@ def test_images_of_a_single_color_are_refused(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (20, 20), "gray").save(tmp_path / split / name / "0.png")
     with pytest.raises(DataError, match="all training images have one color"):
-        prepare("folder", raw=tmp_path, prepared=tmp_path / "prepared")
-    assert left_over(tmp_path / "prepared") == []
+        prepare("folder", raw=tmp_path, prepared=tmp_path / "new" / "prepared")
+    assert not (tmp_path / "new").exists()
 
 
 def damaged_copy(folders: Path, target: Path, count: int) -> list[Path]:
@@ -189,7 +193,79 @@ def test_too_many_bad_images_stop_the_run(
     line = str(caught.value)
     assert f"more than data.bad_share={bad_share:g} of all" in line and "\n" not in line
     assert line.startswith(f"{count} of the first ") and str(bad[0]) in line
-    assert left_over(prepared) == []
+    assert not prepared.exists()
+
+
+def test_a_share_of_bad_images_is_allowed_or_not_when_files_are_reused_too(
+    folders: Path, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    bad = damaged_copy(folders, raw, 4)
+    options: dict[str, Any] = {"raw": raw, "prepared": tmp_path / "new"}
+    written = prepare("folder", bad_share=0.1, **options)
+    assert prepare("folder", bad_share=4 / 48, **options).reused
+    for share in (0.0, 0.001, 3.9 / 48):
+        with pytest.raises(DataError) as caught:
+            prepare("folder", bad_share=share, **options)
+        line = str(caught.value)
+        assert line.startswith(f"{written.folder} was prepared without 4 bad train images of 48")
+        assert f"data.bad_share={share:g} of all" in line and str(bad[0]) in line
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_that_loses_all_its_images_is_named(
+    split: str, folders: Path, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(folders, raw)
+    for path in (raw / split / "dog").iterdir():
+        path.write_bytes(b"")
+    if split == "val":
+        manifest = prepare("folder", raw=raw, prepared=tmp_path / "new", bad_share=0.5)
+        assert "all test images of dog are bad" in manifest.notes
+        assert manifest.class_histogram["test"] == [6, 0]
+        return
+    first = raw / "train" / "dog" / "000.jpg"
+    message = f"^all train images of dog are bad: {first}: the file is empty$"
+    with pytest.raises(DataError, match=message):
+        prepare("folder", raw=raw, prepared=tmp_path / "new", bad_share=0.5)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_cannot_be_read_is_no_bad_image(folders: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(folders, raw)
+    failing = raw / "train" / "dog" / "003.jpg"
+    failing.unlink()
+    failing.symlink_to("/proc/self/mem")  # reading it is an input/output error
+    with pytest.raises(DataError, match=f"^cannot read {failing}: Input/output error$"):
+        prepare("folder", raw=raw, prepared=tmp_path / "new", bad_share=1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_raw_files_that_have_changed_since_are_told_of(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    for split in ("train", "val"):
+        for number in range(2):
+            folder = raw / split / f"n{number:08}"
+            folder.mkdir(parents=True)
+            picture(number, 40, 40).save(folder / f"{folder.name}_1.JPEG")
+    row = replace(get_dataset("imagenet"), classes=2, counts={})
+    options: dict[str, Any] = {"raw": raw, "prepared": tmp_path / "new"}
+    written = prepare(row, **options)
+    reused = prepare(row, **options)
+    assert reused.reused and reused == written
+    picture(5, 40, 40).save(raw / "train" / "n00000000" / "n00000000_2.JPEG")
+    changed = prepare(row, **options)
+    note = f"the raw files in {raw} are not those that were prepared: delete {written.folder}"
+    assert changed.reused and changed.notes[: len(written.notes)] == written.notes
+    assert changed.notes[-1].startswith(note)
+    shutil.rmtree(written.folder)
+    anew = prepare(row, **options)
+    assert anew.counts["train"] == 3 and not any(note in line for line in anew.notes)
+    shutil.copytree(raw, tmp_path / "copy")
+    assert plan(row, raw=tmp_path / "copy", prepared=tmp_path / "new").folder != anew.folder
 
 
 @pytest.mark.parametrize("name", ["digits", "folder"])
@@ -199,6 +275,7 @@ def test_prepared_files_are_reused_untouched(name: str, folders: Path, tmp_path:
     times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     second = prepare(name, prepared=tmp_path, **options)
     assert not first.reused and second.reused and first == second
+    assert list(tmp_path.iterdir()) == [first.folder]
     assert times == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
 
 
@@ -253,6 +330,18 @@ def test_progress_tells_the_stages_in_order_and_ends_each(folders: Path, tmp_pat
         done = [(done, total) for name, done, total in told if name == stage]
         assert done[-1][0] == done[-1][1] == (48 if "train" in stage else 12)
         assert done == sorted(done)
+
+
+def test_images_that_may_be_large_travel_in_smaller_parts(folders: Path, tmp_path: Path) -> None:
+    for storage, size in ((Storage(side=90), 32), (Storage(), 16), (AS_PIXELS, 16)):
+        steps: list[int] = []
+
+        def progress(stage: str, done: int, total: int, steps: list[int] = steps) -> None:
+            if stage == "write train":
+                steps.append(done)
+
+        prepare("folder", raw=folders, prepared=tmp_path, storage=storage, progress=progress)
+        assert steps[:2] == [0, size]
 
 
 @pytest.mark.parametrize("work", [prepare, plan])

@@ -293,17 +293,60 @@ def test_without_the_strict_decoder_pillow_gives_the_same(monkeypatch: pytest.Mo
         decode_jpeg(files[0], 83, 61)
 
 
+PADDINGS = [bytes(count) for count in (1, 7, 8, 40, 300)] + [b"\xff" * 9, b"\x00\xff" * 9]
+
+
 @needs_strict_decoder
-def test_a_few_bytes_behind_the_image_are_no_damage_but_are_not_kept() -> None:
+@pytest.mark.parametrize("kind", ["plain", "optimize", "progressive"])
+def test_padding_before_the_end_of_a_jpeg_is_no_damage(kind: str) -> None:
     """As in some files of ImageNet, whose validation split has to stay whole."""
+    warned = 0
+    for seed in range(12):
+        width, height = 30 + 3 * seed, 25 + 2 * seed
+        good = encoded(picture(seed, height, width), "JPEG", **{kind: True})
+        for padding in PADDINGS:
+            padded = good[:-2] + padding + good[-2:]
+            pixels, is_clean = decode_jpeg(padded, width, height)
+            assert np.array_equal(pixels, decode_jpeg(good, width, height)[0])
+            if not is_clean:
+                warned += 1
+                stored = clean(padded, Storage(passthrough=True), 0).data.tobytes()
+                assert stored not in (padded, good) and decode_jpeg(stored, width, height)[1]
+    assert warned > 12
+
+
+@needs_strict_decoder
+@pytest.mark.parametrize("kind", ["plain", "optimize", "progressive"])
+def test_no_flipped_bit_that_the_decoder_warns_of_is_taken_for_padding(kind: str) -> None:
+    generator = random.Random(0)
+    ends_early = 0
+    for seed in range(8):
+        good = encoded(picture(seed, 90 + seed, 70 + seed), "JPEG", **{kind: True})
+        scan = good.index(b"\xff\xda") + 14
+        for _ in range(150):
+            data = bytearray(good)
+            data[generator.randrange(scan, len(good) - 2)] ^= 1 << generator.randrange(8)
+            _, problem = images._decompressed(bytes(data), 70 + seed, 90 + seed, cmyk=False)
+            ends_early += "extraneous bytes before marker 0xd9" in problem
+            if problem:
+                with pytest.raises(BadImage, match="damaged JPEG"):
+                    clean(bytes(data), Storage(), 0)
+    assert ends_early > 20
+
+
+@needs_strict_decoder
+def test_a_jpeg_cut_before_its_end_marker_is_damaged() -> None:
     good = encoded(picture(13, 40, 56), "JPEG")
-    ended = good[:-2] + bytes(40) + good[-2:]
-    assert "extraneous bytes" in images._HARMLESS
-    _, is_clean = decode_jpeg(ended, 56, 40)
-    assert not is_clean
-    stored = clean(ended, Storage(passthrough=True), 0)
-    assert np.array_equal(pixels_of(ended), pixels_of(good))
-    assert stored.data.tobytes() not in (ended, good)
-    assert decode_jpeg(stored.data.tobytes(), 56, 40)[1]
-    with pytest.raises(BadImage, match="damaged JPEG"):
-        clean(good[: len(good) * 9 // 10] + good[-2:], Storage(), 0)
+    for padding in (b"", bytes(40)):
+        with pytest.raises(BadImage, match="damaged JPEG"):
+            clean(good[: len(good) * 9 // 10] + padding + good[-2:], Storage(), 0)
+
+
+def test_a_jpeg_with_more_metadata_than_pixels_is_encoded_again() -> None:
+    image = picture(14, 60, 80)
+    block = b"\xff\xe9" + struct.pack(">H", 65_535) + bytes(65_533)
+    small, large = (encoded(image, "JPEG", extra=extra) for extra in (b"", block))
+    assert clean(small, Storage(), 0).data.tobytes() == small
+    stored = clean(large, Storage(), 0).data.tobytes()
+    assert len(stored) < 60 * 80 * 3 < len(large)
+    assert closeness(pixels_of(stored), pixels_of(large)) > 35

@@ -37,7 +37,7 @@ def test_the_manifest_says_what_is_there(digits: Manifest) -> None:
     assert (digits.mean, digits.std) == digits.normalization == ((0.3058,), (0.3237,))
     assert digits.quarantine == ()
     assert digits.bytes == sum(path.stat().st_size for path in digits.folder.glob("*.beton"))
-    assert {"numpy", "pillow", "libjpeg-turbo", "opencv"} <= set(digits.versions)
+    assert {"numpy", "pillow", "jpeg decoder", "opencv"} <= set(digits.versions)
 
 
 def test_a_manifest_comes_back_from_its_file_and_from_another_process(digits: Manifest) -> None:

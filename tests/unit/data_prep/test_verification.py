@@ -77,6 +77,15 @@ def test_pictures_of_one_size_are_told_apart_too(tmp_path: Path) -> None:
             verify(written, split, storage)
 
 
+@pytest.mark.parametrize("size", [(4000, 8), (8, 4000), (90, 3), (1, 1)])
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+def test_a_thin_image_passes(size: tuple[int, int], kind: str, tmp_path: Path) -> None:
+    picture(1, *size).save(tmp_path / "0.png")
+    split = FileSplit(tmp_path, ["0.png"], np.zeros(1, dtype=np.int64))
+    storage = Storage(side=400, format="raw") if kind == "raw" else Storage(side=400)
+    verify(write(split, tmp_path / "thin.beton", storage), split, storage)
+
+
 def flip_bit(path: Path, place: int) -> None:
     with path.open("r+b") as file:
         file.seek(place)
