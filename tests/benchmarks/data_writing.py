@@ -72,7 +72,7 @@ def seconds_of(program: str, *arguments: object) -> float:
             [sys.executable, str(script), *words],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": "."},
+            env={**os.environ, "PYTHONPATH": ".", "OPENCV_FOR_THREADS_NUM": "1"},
         )
         if done.returncode:
             sys.exit(done.stderr)
