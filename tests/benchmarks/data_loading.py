@@ -232,6 +232,11 @@ def cold_start(name: str, task: Task, cache: Path) -> float:
     return time.perf_counter() - started
 
 
+def counted(count: int, what: str) -> str:
+    """``1 thread`` or ``2 threads``."""
+    return f"{count} {what}{'s' if count > 1 else ''}"
+
+
 def report(title: str, speeds: dict[str, float]) -> dict[str, dict[str, float]]:
     """Print the speeds with the ratio of the first one to each; return them under the title."""
     print(f"\n{title}")
@@ -260,18 +265,20 @@ def main() -> None:
         for threads in sorted({1, CORES}):
             task = Task(kept["jpg"].folder, threads, True)
             images = f"reading {kept['jpg'].counts['train']:,} JPEGs of at most 400 px"
-            record |= report(f"{images}, {threads} threads", race(task, names, arguments.rounds))
+            record |= report(
+                f"{images}, {counted(threads, 'thread')}", race(task, names, arguments.rounds)
+            )
             task = Task(small.folder, threads, False)
             images = f"reading {SMALL_IMAGES[0]:,} images of 32 px"
             speeds = race(task, names[:4], arguments.rounds)
-            record |= report(f"{images}, {threads} threads", speeds)
+            record |= report(f"{images}, {counted(threads, 'thread')}", speeds)
         speeds = {
             f"stored as {kind}": race(
                 Task(manifest.folder, CORES, True), names[:1], arguments.rounds
             )["this loader"]
             for kind, manifest in kept.items()
         }
-        record |= report(f"the same photographs by this loader, {CORES} threads", speeds)
+        record |= report(f"the same photographs by this loader, {counted(CORES, 'thread')}", speeds)
         for kind, manifest in kept.items():
             print(f"  {kind}: {manifest.bytes / sum(manifest.counts.values()):,.0f} bytes an image")
         print("\nfrom the start of a process to its first batch")

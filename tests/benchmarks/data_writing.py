@@ -114,7 +114,8 @@ def main() -> None:
                 times[key].append(run())
     record: dict[str, dict[str, float]] = {}
     for (processes, name), values in times.items():
-        title = f"writing {images:,} JPEGs, longest side {SIDE}, {processes} processes"
+        at = f"{processes} process{'es' if processes > 1 else ''}"
+        title = f"writing {images:,} JPEGs, longest side {SIDE}, {at}"
         record.setdefault(title, {})[name] = images / statistics.median(values)
     for title, speeds in record.items():
         print(title)
