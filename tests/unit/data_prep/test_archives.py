@@ -177,7 +177,7 @@ def test_a_compressed_tar_is_one_line_that_says_what_to_do(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (gzip.compress(b""), "is compressed by gzip, no plain tar archive: unpack it"),
+        (gzip.compress(b"", mtime=0), "is compressed by gzip, no plain tar archive: unpack it"),
         (bz2.compress(b"x", 1), "is compressed by bzip2, no plain tar archive: unpack it"),
         (lzma.compress(b"x"), "is compressed by xz, no plain tar archive: unpack it"),
         (b"PK\x03\x04 and so on", "is a ZIP archive, no plain tar archive: unpack it"),
