@@ -253,7 +253,8 @@ def _open(request: Request, scratch: Path, tell: Progress) -> Raw:
     row = request.row
     if request.synthetic is not None:
         splits = sources.generate(row, request.synthetic)
-        return Raw(splits, row.class_names, row.class_names, ("made-up images",))
+        names = row.class_names or tuple(f"class {number}" for number in range(row.classes or 0))
+        return Raw(splits, names, names, ())
     return sources.open_raw(
         row,
         request.place,

@@ -38,6 +38,17 @@ def test_every_data_set_makes_an_experiment_with_augmentation_that_fits_it(datas
     assert experiment.train.flip == (dataset not in ("digits", "mnist", "svhn"))
 
 
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_made_up_images_have_the_classes_of_the_data_set(dataset, tmp_path):
+    settings = ["data.synthetic=[4,2]", f"data.prepared={tmp_path}"]
+    experiment = load_experiment(f"{dataset}_resnet20", settings)
+    row = inputs.dataset_of(experiment)
+    manifest = inputs.prepare(experiment, row, lambda *_: None)
+    assert manifest.classes == len(set(manifest.class_names)) == row.classes
+    assert (manifest.image_size, manifest.channels) == (row.image_size, row.channels)
+    assert manifest.notes == ()
+
+
 def test_a_folder_brings_its_own_classes(settings):
     experiment = load_experiment("folder_resnet20", settings)
     row = inputs.dataset_of(experiment)
