@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -57,6 +58,20 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
+def _workers(value: Any) -> Any:
+    """``8`` as it is, ``4..16`` as its two ends."""
+    if isinstance(value, str):
+        least, dots, most = value.partition("..")
+        if dots and least.isdecimal() and most.isdecimal():
+            return int(least), int(most)
+        raise PydanticCustomError("workers", "must be a number, or a range as 4..16")
+    return value
+
+
+#: Number of workers: fixed, a range that Ray chooses from, or by the machine.
+Workers = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt] | None, BeforeValidator(_workers)]
+
+
 class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error, true is not taken for 1."""
 
@@ -76,21 +91,58 @@ class Recipe(Section):
 
     epochs: PositiveInt = Field(10, description="passes over the training split")
     batch_size: PositiveInt = Field(128, description="images per step over all workers")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="update rule")
+    accumulation: PositiveInt = Field(1, description="parts that a worker's share is computed in")
+    validation: NonNegativeInt = Field(
+        0, description="training images held out; the best epoch on them is kept, not the last"
+    )
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "lamb"] = Field(
+        "sgd", description="update rule"
+    )
     lr: PositiveFloat = Field(0.1, description="peak learning rate")
-    momentum: NonNegativeFloat = Field(0.9, lt=1, description="of sgd")
+    lr_batch_size: PositiveInt | None = Field(
+        None, description="batch that lr is meant for, scaled linearly to others; none: any"
+    )
+    momentum: NonNegativeFloat = Field(0.9, lt=1, description="of sgd and rmsprop")
     nesterov: bool = Field(True, description="of sgd")
-    weight_decay: NonNegativeFloat = Field(5e-4, description="of weights, not of norms and biases")
+    weight_decay: NonNegativeFloat = Field(5e-4, description="of weights")
     latent_weight_decay: NonNegativeFloat | None = Field(
         None, description="of latent quantized weights; none: as weight_decay"
     )
-    schedule: Literal["constant", "cosine", "multistep"] = Field(
+    norm_weight_decay: NonNegativeFloat | None = Field(
+        0.0, description="of norms and biases; none: as weight_decay"
+    )
+    latent_regularization: NonNegativeFloat = Field(
+        0.0, description="pull of latent weights to -1 and +1: factor of the sum of 1 - w^2"
+    )
+    clip_norm: PositiveFloat | None = Field(None, description="longest gradient; none: any")
+    schedule: Literal["constant", "cosine", "multistep", "plateau"] = Field(
         "cosine", description="learning rate over the steps"
+    )
+    schedule_unit: Literal["step", "epoch"] = Field(
+        "step", description="how often the schedule moves"
     )
     warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise from zero")
     milestones: tuple[PositiveFloat, ...] = Field((), description="of multistep, in epochs")
-    gamma: PositiveFloat = Field(0.1, description="of multistep: factor at each milestone")
+    gamma: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+        0.1, description="factor at each milestone or plateau, or one for each milestone"
+    )
+    patience: NonNegativeInt = Field(
+        5, description="of plateau: epochs without a lower loss on held-out images"
+    )
+    loss: Literal["cross-entropy", "square-hinge"] = Field(
+        "cross-entropy", description="that is minimized"
+    )
     label_smoothing: NonNegativeFloat = Field(0.0, lt=1, description="of the cross-entropy")
+    mixup: NonNegativeFloat = Field(0.0, description="augmentation: alpha; 0: none")
+    cutmix: NonNegativeFloat = Field(0.0, description="augmentation: alpha; 0: none")
+    teacher: str | None = Field(
+        None, description="to distill from: models:/NAME@ALIAS, torchvision's weights, a run folder"
+    )
+    teacher_weight: PositiveFloat = Field(0.5, le=1, description="of the teacher in the loss")
+    temperature: PositiveFloat = Field(1.0, description="that softens teacher and student")
+    ema_decay: PositiveFloat | None = Field(
+        None, lt=1, description="of the average of weights that is kept; none: no average"
+    )
     normalization: str = Field(
         "dataset", description="of pixels, by name; dataset: as the data set is known for"
     )
@@ -102,6 +154,9 @@ class Recipe(Section):
     )
     growth_epochs: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
         (0.0, 0.0), description="between which image_size grows in multiples of 32"
+    )
+    test_size: PositiveInt | None = Field(
+        None, description="height and width in evaluation and use; none: image_size"
     )
     shift: NonNegativeInt = Field(0, description="augmentation: random shift, in pixels")
     padding: Literal["black", "edge"] = Field("black", description="what a shift moves in")
@@ -115,10 +170,19 @@ class Recipe(Section):
     test_crop: PositiveFloat | None = Field(
         None, le=1, description="central square, share of the shorter side; none: whole image"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
+    blurpool: bool = Field(False, description="blur before layers that skip pixels")
+    sync_batchnorm: bool = Field(
+        False, description="batch norm over the batches of all workers; needs GPUs"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of activations"
+    )
+    compile: Literal["none", "model", "quantizers"] = Field(
+        "none", description="what torch.compile makes faster; the first step takes minutes"
+    )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _sensible_schedule(self) -> Recipe:
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"train.warmup_epochs={self.warmup_epochs:g} is longer than the whole training, "
@@ -130,10 +194,32 @@ class Recipe(Section):
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"train.milestones={list(self.milestones)} must rise")
+        if self.schedule == "plateau" and not self.validation:
+            raise ValueError(
+                "train.schedule=plateau watches held-out images; set train.validation to their "
+                "number"
+            )
+        if isinstance(self.gamma, tuple):
+            wanted = len(self.milestones) if self.schedule == "multistep" else 1
+            if len(self.gamma) != wanted:
+                raise ValueError(
+                    f"train.gamma={list(self.gamma)} must be one number, or one for each of "
+                    f"train.milestones={list(self.milestones)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sensible_loss(self) -> Recipe:
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError(
                 "train.nesterov=true needs train.momentum above 0; set train.nesterov=false"
             )
+        if self.loss == "square-hinge":
+            for name in ("label_smoothing", "mixup", "cutmix", "teacher"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"train.{name}={getattr(self, name)} needs train.loss=cross-entropy"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -213,13 +299,29 @@ class Scaling(Section):
     """On what the training runs."""
 
     launcher: Literal["ray", "local"] = Field("ray", description="local: in this process, no Ray")
-    workers: PositiveInt | None = Field(
-        None, description="DDP processes; none: one per GPU, without a GPU 2"
+    workers: Workers = Field(
+        None, description="DDP processes, 8, or 4..16 as many as there are; none: one per GPU, or 2"
+    )
+    nodes: PositiveInt | None = Field(
+        None, description="machines that workers are spread over; none: as few as hold them"
+    )
+    cores: PositiveInt | None = Field(
+        None, description="CPU cores for each worker; none: 1, with GPUs their share"
+    )
+    gpu: str | None = Field(
+        None, description="GPU type that workers need, as Ray names it: H100; none: any"
     )
     max_failures: NonNegativeInt = Field(3, description="restarts after a lost worker")
     timeout: float = Field(
         300.0, ge=1, le=86_400, description="seconds until a silent worker is an error"
     )
+
+
+    @model_validator(mode="after")
+    def _rising_range(self) -> Scaling:
+        if isinstance(self.workers, tuple) and self.workers[0] >= self.workers[1]:
+            raise ValueError(f"scaling.workers={self.workers[0]}..{self.workers[1]} must rise")
+        return self
 
 
 class Tracking(Section):
@@ -241,6 +343,7 @@ class Reference(Section):
 
     what: str
     top1: float | None = Field(None, description="published top-1 accuracy in percent")
+    top5: float | None = Field(None, description="published top-5 accuracy in percent")
     source: str = ""
 
 
@@ -252,7 +355,11 @@ class Experiment(Section):
     dataset: str
     backbone: str = Field(description="call string, for example resnet50(form=cifar)")
     method: str = Field("float", description="call string, for example ternary(expansion=4)")
+    init_from: str | None = Field(
+        None, description="weights to begin with: a file, torchvision's, models:/NAME@ALIAS"
+    )
     seed: NonNegativeInt = Field(0, lt=2**32, description="of weights, order and augmentation")
+    seeds: PositiveInt = Field(1, description="runs, of this seed and those after it")
     train: Recipe = Recipe()
     data: Data = Data()
     scaling: Scaling = Scaling()
