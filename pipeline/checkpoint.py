@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+
 _MANIFEST = "manifest.json"
+_MODEL = "model.safetensors"
+_AVERAGE = "average.safetensors"
 _NAME = re.compile(r"epoch-\d+")
 
 
@@ -39,6 +44,21 @@ class Progress:
     history: list[dict[str, float]]
 
 
+@dataclass
+class TrainingState:
+    """What is trained, and all that has to be restored to go on.
+
+    Attributes:
+        scaler: of the loss; its state is empty unless the precision is float16.
+        average: network with the moving average of the weights; None without one.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: nn.Module | None = None
+
+
 class CheckpointStore:
     """The checkpoints of one run in one folder, named by the number of complete epochs.
 
@@ -53,24 +73,32 @@ class CheckpointStore:
         self.identity = identity
         self.keep = keep
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Write a checkpoint and drop the oldest ones beyond ``keep``."""
+    def save(self, state: TrainingState, progress: Progress, best: int | None = None) -> Path:
+        """Write a checkpoint and drop the oldest ones beyond ``keep``.
+
+        Args:
+            best: epochs of the checkpoint that is kept however old it is; None: there is none.
+        """
         final = self._path(progress.epoch)
         with whole_folder(final) as partial:
-            save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
-            tensors, settings = _split_optimizer(optimizer)
+            save_file(_contiguous(state.model.state_dict()), partial / _MODEL)
+            if state.average is not None:
+                save_file(_contiguous(state.average.state_dict()), partial / _AVERAGE)
+            tensors, settings = _split_optimizer(state.optimizer)
             save_file(tensors, partial / "optimizer.safetensors")
-            state = {
+            record = {
                 "epoch": progress.epoch,
                 "step": progress.step,
                 "history": progress.history,
                 "identity": self.identity,
                 "optimizer": settings,
+                "scaler": state.scaler.state_dict(),
             }
-            (partial / "state.json").write_text(json.dumps(state, allow_nan=False))
+            (partial / "state.json").write_text(json.dumps(record, allow_nan=False))
             _write_manifest(partial)
         for path in self._all()[self.keep :]:
-            shutil.rmtree(path)
+            if _epoch_of(path) != best:
+                shutil.rmtree(path)
         return final
 
     def newest(self, warn: Callable[[str], None]) -> int | None:
@@ -86,18 +114,29 @@ class CheckpointStore:
             warn(f"checkpoint {path.name} is skipped: {problem}")
         return None
 
-    def load(self, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore model and optimizer, strictly, from the checkpoint after ``epoch`` epochs."""
+    def load(self, epoch: int, state: TrainingState) -> Progress:
+        """Restore what is trained, strictly, from the checkpoint after ``epoch`` epochs."""
         path = self._path(epoch)
-        model.load_state_dict(load_file(path / "model.safetensors"))
-        state = json.loads((path / "state.json").read_text())
+        state.model.load_state_dict(load_file(path / _MODEL))
+        if state.average is not None:
+            state.average.load_state_dict(load_file(path / _AVERAGE))
+        record = json.loads((path / "state.json").read_text())
         tensors = load_file(path / "optimizer.safetensors")
-        optimizer.load_state_dict(_join_optimizer(tensors, state["optimizer"]))
-        _lay_out_like_parameters(optimizer)
-        return Progress(state["epoch"], state["step"], state["history"])
+        state.optimizer.load_state_dict(_join_optimizer(tensors, record["optimizer"]))
+        _lay_out_like_parameters(state.optimizer)
+        state.scaler.load_state_dict(record["scaler"])
+        return Progress(record["epoch"], record["step"], record["history"])
 
     def load_model(self, epoch: int, model: nn.Module) -> None:
-        """Restore the model alone from the checkpoint after ``epoch`` epochs.
+        """Restore the network alone from the checkpoint after ``epoch`` epochs.
+
+        Raises:
+            CheckpointError: when the checkpoint does not match its manifest.
+        """
+        model.load_state_dict(load_file(self.network_file(epoch)))
+
+    def network_file(self, epoch: int) -> Path:
+        """The tensors of the network after ``epoch`` epochs: their moving average, if there is one.
 
         Raises:
             CheckpointError: when the checkpoint does not match its manifest.
@@ -106,7 +145,14 @@ class CheckpointStore:
         problem = self._problem(path)
         if problem is not None:
             raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        average = path / _AVERAGE
+        return average if average.exists() else path / _MODEL
+
+    def history(self, epoch: int) -> list[dict[str, float]]:
+        """Metrics of each of the first ``epoch`` epochs, as the checkpoint after them has them."""
+        record = json.loads((self._path(epoch) / "state.json").read_text())
+        history: list[dict[str, float]] = record["history"]
+        return history
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}"
@@ -133,6 +179,14 @@ class CheckpointStore:
         if state.get("identity") != self.identity:
             return "it belongs to another experiment"
         return None
+
+
+def kept_epoch(recipe: Recipe, history: list[dict[str, float]]) -> int:
+    """The epoch whose weights are the result, from 1: the best held-out one, or the last."""
+    if not recipe.validation:
+        return len(history)
+    accuracies = [metrics["validation_top1"] for metrics in history]
+    return 1 + accuracies.index(max(accuracies))
 
 
 @contextmanager

@@ -54,11 +54,11 @@ class Evaluation:
         hits = self.confusion.diagonal().tolist()
         return [100 * hit / row if row else None for hit, row in zip(hits, rows, strict=True)]
 
-    def metrics(self) -> dict[str, float]:
-        """The scalars of this evaluation, as they are tracked."""
-        scalars = {"test_top1": self.top1, "test_loss": self.loss}
+    def metrics(self, split: str = "test") -> dict[str, float]:
+        """The scalars of this evaluation as they are tracked, named by the split."""
+        scalars = {f"{split}_top1": self.top1, f"{split}_loss": self.loss}
         if self.top5 is not None:
-            scalars["test_top5"] = self.top5
+            scalars[f"{split}_top5"] = self.top5
         return scalars
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import resource
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.profiler import record_function
 
 import data_prep
 import models
-from pipeline.checkpoint import CheckpointStore, Progress
-from pipeline.evaluate import evaluate
-from pipeline.inputs import image_size, make_loader
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline import inputs as data
+from pipeline.averaging import MovingAverage, average_statistics
+from pipeline.checkpoint import CheckpointStore, Progress, TrainingState
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.optim import build_optimizer, learning_rate, plateau_factor
+from pipeline.training_step import TrainingStep, autocast
 
 if TYPE_CHECKING:
     from data_prep import Loader, Manifest
-    from pipeline.config import Experiment, Recipe
+    from pipeline.config import Experiment
     from pipeline.context import TrainContext
     from pipeline.inputs import Inputs
+    from pipeline.weights import Sources
 
 #: Seconds between two progress events, each of which waits for the device once.
 PROGRESS_INTERVAL = 0.5
@@ -48,70 +53,221 @@ def build_model(experiment: Experiment, inputs: Inputs) -> nn.Module:
         experiment.method,
         num_classes=inputs.classes,
         in_channels=inputs.channels,
-        image_size=image_size(experiment.train, inputs),
+        image_size=data.image_size(experiment.train, inputs),
         seed=experiment.seed,
+        **({"blurpool": True} if experiment.train.blurpool else {}),
     )
 
 
 def train(
-    experiment: Experiment, manifest: Manifest, store: CheckpointStore, context: TrainContext
+    experiment: Experiment,
+    manifest: Manifest,
+    store: CheckpointStore,
+    context: TrainContext,
+    sources: Sources | None = None,
 ) -> None:
-    """Train from the newest valid checkpoint, or from scratch, to the last epoch.
+    """Train from the newest valid checkpoint, or from the beginning, to the last epoch.
 
-    Progress and results leave as events of the context; the trained weights are the last
-    checkpoint. Each rank calls this with the same arguments.
+    Progress and results leave as events of the context. The last one, ``evaluation``, names the
+    epoch whose checkpoint has the trained weights. Each rank calls this with the same arguments.
+
+    Args:
+        sources: weights to begin with, and a teacher's, where the experiment names any.
 
     Raises:
         FloatingPointError: at a loss that is not finite, naming the epoch and step.
     """
-    recipe = experiment.train
-    context.event("phase", text=f"opening the prepared data{_cache_note(experiment, manifest)}")
-    train_loader, test_loader = _loaders(experiment, manifest, context)
-    model = channels_last(build_model(experiment, manifest).to(context.device))
-    optimizer = build_optimizer(model, recipe)
-    newest = store.newest(lambda line: context.event("note", text=line))
-    epoch = context.agree(-1 if newest is None else newest)
-    progress = store.load(epoch, model, optimizer) if epoch > 0 else Progress(0, 0, [])
-    if epoch > 0:
-        context.event("resumed", epoch=epoch, history=progress.history)
+    training = _Training(experiment, manifest, store, context, sources)
+    while training.progress.epoch < experiment.train.epochs:
+        metrics = training.train_epoch()
+        metrics |= training.evaluate_epoch()
+        training.finish_epoch(metrics)
+    training.evaluate_result()
 
-    replica = context.wrap(model)
-    split = {"classes": manifest.classes, "images": manifest.counts["test"]}
-    evaluation = None
-    while progress.epoch < recipe.epochs:
-        metrics = _train_epoch(experiment, replica, optimizer, train_loader, progress, context)
-        _average_buffers(model, context)
+
+class _Training:
+    """What the epochs of a training have in common: network, batches, progress."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        manifest: Manifest,
+        store: CheckpointStore,
+        context: TrainContext,
+        sources: Sources | None,
+    ) -> None:
+        recipe = experiment.train
+        self.experiment, self.recipe, self.manifest = experiment, recipe, manifest
+        self.store, self.context = store, context
+        context.event("phase", text=f"opening the prepared data{_cache_note(experiment, manifest)}")
+        self.loader = self._open("train", training=True)
+        # What an epoch is judged by: held-out images, where the recipe holds any out.
+        self.watched = "validation" if recipe.validation else "test"
+        self.watched_loader = self._open(self.watched)
+
+        model = build_model(experiment, manifest)
+        if sources is not None and sources.initial is not None:
+            from pipeline.weights import load_into
+
+            context.event("note", text=load_into(model, sources.initial))
+        model = channels_last(model.to(context.device))
+        teacher = None
+        if sources is not None and sources.teacher is not None:
+            from pipeline.weights import build_teacher
+
+            teacher = build_teacher(sources.teacher, experiment, manifest)
+            teacher = channels_last(teacher.to(context.device))
+        optimizer = build_optimizer(model, recipe)
+        self.average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+        replica = context.wrap(model, sync_batchnorm=recipe.sync_batchnorm)
+        self.step = TrainingStep(
+            recipe, model, replica, optimizer, context, classes=manifest.classes, teacher=teacher
+        )
+        self.state = TrainingState(
+            model, optimizer, self.step.scaler, self.average.model if self.average else None
+        )
+        self.progress = self._restore()
+        if recipe.compile != "none" and self.progress.epoch < recipe.epochs:
+            size = recipe.first_image_size or data.image_size(recipe, manifest)
+            shape = (self.loader.images_per_step, manifest.channels, size, size)
+            self.step.compile(shape)
+
+    def _open(self, split: str, *, training: bool = False) -> Loader:
+        """This rank's batches of a split."""
+        return data.make_loader(
+            self.experiment,
+            self.manifest,
+            split,
+            training=training,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            device=self.context.device,
+        )
+
+    def _restore(self) -> Progress:
+        """Go on from the newest valid checkpoint, on which all ranks agree."""
+        context = self.context
+        newest = self.store.newest(lambda line: context.event("note", text=line))
+        epoch = context.agree(-1 if newest is None else newest)
+        if epoch < 1:
+            return Progress(0, 0, [])
+        progress = self.store.load(epoch, self.state)
+        context.event("resumed", epoch=epoch, history=progress.history)
+        return progress
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the training split; metrics are means over all ranks."""
+        recipe, context, progress = self.recipe, self.context, self.progress
+        steps = self.loader.steps_per_epoch
+        losses = [epoch["validation_loss"] for epoch in progress.history if recipe.validation]
+        factor = plateau_factor(recipe, losses)
+        self.step.train()
+        meter = _Meter(context)
+        started = told = time.perf_counter()
+        rate = 0.0
+        with self.loader.epoch(progress.epoch) as batches:
+            for done in range(1, steps + 1):
+                with record_function("data"):
+                    images, labels = next(batches)
+                step = progress.step + done - 1
+                # Dropout and the like draw the same numbers whether or not the run was interrupted.
+                torch.manual_seed(hash((self.experiment.seed, step, context.rank)) % 2**63)
+                rate = learning_rate(recipe, step, steps) * factor
+                loss, hits = self.step(images, labels, rate)
+                if self.average is not None:
+                    self.average.update(step)
+                with record_function("report"):
+                    meter.add(step, loss, hits, len(labels))
+                    if done % CHECK_STEPS == 0:
+                        meter.check(progress.epoch)
+                    now = time.perf_counter()
+                    if context.rank == 0 and now - told > PROGRESS_INTERVAL:
+                        told = now
+                        figures = {"images_per_second": done * recipe.batch_size / (now - started)}
+                        self._tell_step(done, steps, figures | meter.means())
+        meter.check(progress.epoch)
+        seconds = time.perf_counter() - started
+        meter.sum_over_ranks()
+        return {
+            **meter.means(),
+            "lr": rate,
+            "images_per_second": steps * recipe.batch_size / seconds,
+            "train_seconds": seconds,
+            "peak_memory_bytes": float(_peak_memory(context.device)),
+        }
+
+    def _tell_step(self, done: int, steps: int, figures: dict[str, float]) -> None:
+        self.context.event("step", epoch=self.progress.epoch, done=done, steps=steps, **figures)
+
+    def evaluate_epoch(self) -> dict[str, float]:
+        """Evaluate the weights that would be kept, on the images that epochs are judged by."""
+        for model in (self.state.model, self.state.average):
+            if model is not None:
+                average_statistics(model, self.context)
         started = time.perf_counter()
-        # Folded, as it is registered: nothing is quantized anew for every batch.
-        evaluation = evaluate(models.fold(model), test_loader, context, **split)
+        evaluation = self._evaluate(self.watched, self.watched_loader, fast=True)
         if not math.isfinite(evaluation.loss):
-            raise _not_finite(progress.step + train_loader.steps_per_epoch - 1, progress.epoch)
-        metrics |= evaluation.metrics() | {"evaluate_seconds": time.perf_counter() - started}
-        progress = Progress(
-            progress.epoch + 1,
-            progress.step + train_loader.steps_per_epoch,
-            [*progress.history, metrics],
+            last = self.progress.step + self.loader.steps_per_epoch - 1
+            raise _not_finite(last, self.progress.epoch)
+        seconds = time.perf_counter() - started
+        return evaluation.metrics(self.watched) | {"evaluate_seconds": seconds}
+
+    def _evaluate(self, split: str, loader: Loader, *, fast: bool) -> Evaluation:
+        """Evaluate the kept weights, in the precision of the training or exactly."""
+        model = self.state.average if self.state.average is not None else self.state.model
+        # Folded, as it is registered: nothing is quantized anew for every batch.
+        with autocast(self.context.device, self.recipe) if fast else contextlib.nullcontext():
+            return evaluate(
+                models.fold(model),
+                loader,
+                self.context,
+                classes=self.manifest.classes,
+                images=data.split_images(self.experiment, self.manifest, split),
+            )
+
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
+        """Keep the state, tell the metrics, and let every rank report them."""
+        context, steps = self.context, self.loader.steps_per_epoch
+        self.progress = Progress(
+            self.progress.epoch + 1, self.progress.step + steps, [*self.progress.history, metrics]
         )
         if context.rank == 0:
             started = time.perf_counter()
-            store.save(model, optimizer, progress)
+            best = self._kept_epoch() if self.recipe.validation else None
+            self.store.save(self.state, self.progress, best)
             metrics["checkpoint_seconds"] = time.perf_counter() - started
         context.event(
             "epoch",
-            epoch=progress.epoch,
-            step=progress.step,
-            steps=recipe.epochs * train_loader.steps_per_epoch,
+            epoch=self.progress.epoch,
+            step=self.progress.step,
+            steps=self.recipe.epochs * steps,
             metrics=metrics,
         )
         context.report(metrics)
-    if evaluation is None:
-        evaluation = evaluate(models.fold(model), test_loader, context, **split)
-    context.event(
-        "evaluation",
-        confusion=evaluation.confusion.tolist(),
-        top5_hits=evaluation.top5_hits,
-        loss=evaluation.loss,
-    )
+
+    def _kept_epoch(self) -> int:
+        """The epoch whose weights are the result, from 1: the best held-out one, or the last."""
+        history = self.progress.history
+        if not self.recipe.validation:
+            return len(history)
+        accuracies = [metrics["validation_top1"] for metrics in history]
+        return 1 + accuracies.index(max(accuracies))
+
+    def evaluate_result(self) -> None:
+        """Evaluate the result on the test split, in float32, and tell all about it."""
+        kept = self._kept_epoch()
+        if kept != self.progress.epoch:
+            result = self.state.average if self.state.average is not None else self.state.model
+            self.store.load_model(kept, result)
+        loader = self.watched_loader if self.watched == "test" else self._open("test")
+        evaluation = self._evaluate("test", loader, fast=False)
+        self.context.event(
+            "evaluation",
+            epoch=kept,
+            confusion=evaluation.confusion.tolist(),
+            top5_hits=evaluation.top5_hits,
+            loss=evaluation.loss,
+        )
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -124,21 +280,6 @@ def channels_last(model: nn.Module) -> nn.Module:
         if tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[2:].numel() > 1:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
-
-
-def _loaders(
-    experiment: Experiment, manifest: Manifest, context: TrainContext
-) -> tuple[Loader, Loader]:
-    """This rank's training and test batches."""
-    place: dict[str, Any] = {
-        "rank": context.rank,
-        "world_size": context.world_size,
-        "device": context.device,
-    }
-    return (
-        make_loader(experiment, manifest, "train", training=True, **place),
-        make_loader(experiment, manifest, "test", training=False, **place),
-    )
 
 
 def _cache_note(experiment: Experiment, manifest: Manifest) -> str:
@@ -156,79 +297,11 @@ def _cache_note(experiment: Experiment, manifest: Manifest) -> str:
     return f": {file.bytes / 1e9:.1f} GB, {how[cache]}"
 
 
-def _train_epoch(
-    experiment: Experiment,
-    replica: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Loader,
-    progress: Progress,
-    context: TrainContext,
-) -> dict[str, float]:
-    """One pass over the training split; metrics are means over all ranks."""
-    recipe = experiment.train
-    steps = loader.steps_per_epoch
-    replica.train()
-    meter = _Meter(context)
-    started = told = time.perf_counter()
-    with loader.epoch(progress.epoch) as batches:
-        for done, (images, labels) in enumerate(batches, start=1):
-            step = progress.step + done - 1
-            # Dropout and the like draw the same numbers whether or not the run was interrupted.
-            torch.manual_seed(hash((experiment.seed, step, context.rank)) % 2**63)
-            rate = learning_rate(recipe, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, hits = train_step(replica, optimizer, images, labels, recipe)
-            meter.add(step, loss, hits, len(labels))
-            if done % CHECK_STEPS == 0:
-                meter.check(progress.epoch)
-            now = time.perf_counter()
-            if context.rank == 0 and now - told > PROGRESS_INTERVAL:
-                told = now
-                context.event(
-                    "step",
-                    epoch=progress.epoch,
-                    done=done,
-                    steps=steps,
-                    images_per_second=done * recipe.batch_size / (now - started),
-                    **meter.means(),
-                )
-    seconds = time.perf_counter() - started
-    meter.check(progress.epoch)
-    meter.sum_over_ranks()
-    return {
-        **meter.means(),
-        "lr": rate,
-        "images_per_second": steps * recipe.batch_size / seconds,
-        "train_seconds": seconds,
-    }
-
-
-def train_step(
-    replica: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    recipe: Recipe,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward, backward and one optimizer step.
-
-    Args:
-        images: float32 (N, C, H, W), normalized.
-        labels: int64 (N,).
-
-    Returns:
-        Mean loss and number of correct predictions, as scalars on the device.
-    """
-    with torch.autocast(
-        images.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16"
-    ):
-        logits = replica(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use at a time: of the GPU, or of this process without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _not_finite(step: int, epoch: int) -> FloatingPointError:
@@ -260,18 +333,11 @@ class _Meter:
             raise _not_finite(first, epoch)
 
     def sum_over_ranks(self) -> None:
+        images = torch.tensor([self._images], device=self._context.device)
         self._context.sum_over_ranks(self._sums)
-        self._images *= self._context.world_size  # shares of a training batch are equal
+        self._context.sum_over_ranks(images)
+        self._images = int(images)
 
     def means(self) -> dict[str, float]:
         loss, hits = self._sums.tolist()
         return {"train_loss": loss / self._images, "train_top1": 100 * hits / self._images}
-
-
-def _average_buffers(model: nn.Module, context: TrainContext) -> None:
-    """Make the batch norm statistics, gathered by each rank on its share, the same everywhere."""
-    constants = models.constant_buffers(model)
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and name not in constants:
-            context.sum_over_ranks(buffer)
-            buffer /= context.world_size
