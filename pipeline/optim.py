@@ -74,7 +74,8 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
         return torch.optim.RMSprop(groups, lr=recipe.lr, momentum=recipe.momentum)
     from pytorch_optimizer import Lamb
 
-    return Lamb(groups, lr=recipe.lr)
+    # As the paper has it: no bias correction, and the decay counts in the trust ratio.
+    return Lamb(groups, lr=recipe.lr, adam_debias=True, weight_decouple=False)
 
 
 def peak_rate(recipe: Recipe) -> float:

@@ -36,7 +36,7 @@ def square_hinge(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: float (N, classes).
         labels: int64 (N,).
     """
-    targets = 2 * F.one_hot(labels, logits.shape[1]) - 1
+    targets = torch.full_like(logits, -1).scatter(1, labels[:, None], 1)
     return (1 - targets * logits).clamp_min(0).square().sum(dim=1).mean()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickletools
@@ -13,51 +14,83 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import CheckpointError, CheckpointStore, Progress
+from pipeline.checkpoint import CheckpointError, CheckpointStore, Progress, TrainingState
 from pipeline.config import Recipe
 from pipeline.optim import build_optimizer
 
 
-def small_training(optimizer_name: str = "sgd") -> tuple[nn.Module, torch.optim.Optimizer]:
+def small_training(optimizer_name: str = "sgd", precision: str = "float32") -> TrainingState:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
-    return model, build_optimizer(model, Recipe(optimizer=optimizer_name))
+    optimizer = build_optimizer(model, Recipe(optimizer=optimizer_name))
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "float16", growth_interval=2)
+    return TrainingState(model, optimizer, scaler, copy.deepcopy(model))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+def step(state: TrainingState, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     images = torch.randn(8, 1, 8, 8, generator=generator)
-    loss = model(images).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    loss = state.model(images).square().mean()
+    state.optimizer.zero_grad()
+    state.scaler.scale(loss).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    assert state.average is not None
+    for mean, weight in zip(state.average.parameters(), state.model.parameters(), strict=True):
+        mean.data.lerp_(weight.data, 0.5)
 
 
-@pytest.mark.parametrize("optimizer_name", ["sgd", "adam", "adamw"])
-def test_a_restored_training_goes_on_bit_for_bit(tmp_path, optimizer_name):
-    model, optimizer = small_training(optimizer_name)
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adam", "adamw", "rmsprop", "lamb"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_restored_training_goes_on_bit_for_bit(tmp_path, optimizer_name, precision):
+    state = small_training(optimizer_name, precision)
     store = CheckpointStore(tmp_path, "identity")
     for number in range(3):
-        step(model, optimizer, number)
-    store.save(model, optimizer, Progress(1, 3, [{"train_loss": 0.5}]))
+        step(state, number)
+    store.save(state, Progress(1, 3, [{"train_loss": 0.5}]))
     for number in range(3, 6):
-        step(model, optimizer, number)
+        step(state, number)
 
-    again, again_optimizer = small_training(optimizer_name)
-    progress = store.load(1, again, again_optimizer)
+    again = small_training(optimizer_name, precision)
+    progress = store.load(1, again)
     assert progress == Progress(1, 3, [{"train_loss": 0.5}])
     for number in range(3, 6):
-        step(again, again_optimizer, number)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+        step(again, number)
+    assert state.average is not None and again.average is not None
+    for whole, resumed in ((state.model, again.model), (state.average, again.average)):
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert state.scaler.state_dict() == again.scaler.state_dict()
+    if precision == "float16":
+        assert state.scaler.get_scale() > 65536, "the scale has grown, so there was state to lose"
+
+
+def test_the_best_checkpoint_is_kept_however_old_it_is(tmp_path):
+    state = small_training()
+    store = CheckpointStore(tmp_path, "identity", keep=1)
+    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        store.save(state, Progress(epoch, epoch, [{}] * epoch), best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0002", "epoch-0004"]
+
+
+def test_the_moving_average_is_the_network_that_is_kept(tmp_path):
+    state = small_training()
+    step(state, 0)
+    store = CheckpointStore(tmp_path, "identity")
+    store.save(state, Progress(1, 1, [{}]))
+    kept = small_training().model
+    store.load_model(1, kept)
+    assert state.average is not None
+    assert torch.equal(kept.get_parameter("3.weight"), state.average.get_parameter("3.weight"))
+    assert not torch.equal(kept.get_parameter("3.weight"), state.model.get_parameter("3.weight"))
 
 
 def saved(folder: Path, epochs: int = 2, keep: int = 2) -> CheckpointStore:
-    model, optimizer = small_training()
+    state = small_training()
     store = CheckpointStore(folder, "identity", keep=keep)
     for epoch in range(1, epochs + 1):
-        step(model, optimizer, epoch)
-        store.save(model, optimizer, Progress(epoch, epoch, [{}] * epoch))
+        step(state, epoch)
+        store.save(state, Progress(epoch, epoch, [{}] * epoch))
     return store
 
 
@@ -127,7 +160,7 @@ def test_a_damaged_model_is_not_loaded(tmp_path):
     store = saved(tmp_path)
     flip_a_bit(tmp_path / "epoch-0002")
     with pytest.raises(CheckpointError, match="checksum"):
-        store.load_model(2, small_training()[0])
+        store.load_model(2, small_training().model)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
@@ -143,15 +176,17 @@ def test_a_writer_killed_at_any_time_leaves_only_whole_checkpoints(tmp_path):
     program = textwrap.dedent(
         """
         import itertools, pathlib, sys
+        import torch
         from torch import nn
-        from pipeline.checkpoint import CheckpointError, CheckpointStore, Progress
+        from pipeline.checkpoint import CheckpointStore, Progress, TrainingState
         from pipeline.config import Recipe
         from pipeline.optim import build_optimizer
         model = nn.Linear(600, 600)
-        optimizer = build_optimizer(model, Recipe())
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = TrainingState(model, build_optimizer(model, Recipe()), scaler)
         store = CheckpointStore(pathlib.Path(sys.argv[1]), "identity")
         for epoch in itertools.count(1):
-            store.save(model, optimizer, Progress(epoch, epoch, []))
+            store.save(state, Progress(epoch, epoch, []))
             print(epoch, flush=True)
         """
     )
@@ -174,9 +209,9 @@ def test_a_writer_killed_at_any_time_leaves_only_whole_checkpoints(tmp_path):
 def test_a_failure_in_the_middle_of_a_save_leaves_the_last_checkpoint_untouched(tmp_path):
     """The tensors are on disk when the metrics turn out not to be JSON."""
     store = saved(tmp_path, epochs=1)
-    model, optimizer = small_training()
+    state = small_training()
     bad = Progress(2, 2, [{"train_loss": float("nan")}])
     with pytest.raises(ValueError, match="JSON"):
-        store.save(model, optimizer, bad)
+        store.save(state, bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0001"]
     assert store.newest(pytest.fail) == 1

@@ -18,7 +18,7 @@ from pipeline.context import TrainContext
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.failures import TrainingError
 from pipeline.launch import train_locally
-from pipeline.loop import build_model, train, train_step
+from pipeline.loop import build_model, train
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def run(experiment, manifest, folder, tell=lambda event: None):
     store = CheckpointStore(folder, experiment.identity(manifest.fingerprint))
     train(experiment, manifest, store, context)
     model = build_model(experiment, manifest)
-    store.load_model(experiment.train.epochs, model)
+    store.load_model(events[-1]["epoch"], model)
     return model.state_dict(), events
 
 
@@ -67,8 +67,21 @@ class Stop(Exception):
     pass
 
 
-def test_a_run_stopped_after_an_epoch_ends_with_the_uninterrupted_weights(manifest, tmp_path):
-    experiment = small(epochs=3)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_decay": 0.9, "optimizer": "lamb", "clip_norm": 1.0},
+        {"precision": "float16", "accumulation": 2},
+        {"mixup": 0.2, "cutmix": 1.0},
+        {"validation": 30, "schedule": "plateau", "patience": 0},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_a_run_stopped_after_an_epoch_ends_with_the_uninterrupted_weights(
+    manifest, tmp_path, settings
+):
+    experiment = small(epochs=3, **settings)
     whole, whole_events = run(experiment, manifest, tmp_path / "whole")
 
     def stop_after_first(event):
@@ -132,28 +145,75 @@ def test_an_unforeseen_error_is_one_line_and_a_trace_in_a_file(manifest, tmp_pat
     assert "Traceback" in (tmp_path / "error.txt").read_text()
 
 
-def test_a_training_step_is_plain_gradient_descent():
-    torch.manual_seed(0)
-    model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
-    twin.load_state_dict(model.state_dict())
-    images, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss, hits = train_step(model, optimizer, images, labels, Recipe(label_smoothing=0.1))
-    expected = F.cross_entropy(twin(images), labels, label_smoothing=0.1)
-    expected.backward()
-    assert torch.equal(loss, expected.detach())
-    assert int(hits) == int((twin(images).argmax(1) == labels).sum())
-    gradient = twin.weight.grad
-    assert gradient is not None
-    assert torch.allclose(model.weight, twin.weight - 0.1 * gradient)
-
-
 def test_bfloat16_changes_the_arithmetic_and_keeps_float32_weights(manifest, tmp_path):
     weights, events = run(small(epochs=1, precision="bfloat16"), manifest, tmp_path / "low")
     full, _ = run(small(epochs=1), manifest, tmp_path / "full")
     assert weights["conv1.weight"].dtype == torch.float32
     assert not torch.equal(weights["conv1.weight"], full["conv1.weight"])
     assert all(math.isfinite(e["metrics"]["train_loss"]) for e in events if e["kind"] == "epoch")
+
+
+def test_the_best_held_out_epoch_is_the_result(manifest, tmp_path):
+    """A rate that ruins the weights after the first epochs: the last ones are not the best."""
+    experiment = small(
+        epochs=4, validation=30, schedule="multistep", milestones=(2,), gamma=400.0, batch_size=10
+    )
+    weights, events = run(experiment, manifest, tmp_path)
+    accuracies = [e["metrics"]["validation_top1"] for e in events if e["kind"] == "epoch"]
+    best = 1 + accuracies.index(max(accuracies))
+    assert best < 4, "for this test the last epoch must not be the best one"
+    result = events[-1]
+    assert (result["kind"], result["epoch"]) == ("evaluation", best)
+    assert all("test_top1" not in e["metrics"] for e in events if e["kind"] == "epoch")
+
+    # What was told is what these weights do on the test split.
+    model = build_model(experiment, manifest)
+    model.load_state_dict(weights)
+    context = TrainContext(lambda event: None)
+    context.device = torch.device("cpu")
+    loader = data_prep.make_loader(manifest, "test", batch_size=10, training=False)
+    again = evaluate(model, loader, context, classes=10, images=30)
+    assert again.confusion.tolist() == result["confusion"]
+
+
+def test_the_moving_average_is_evaluated_and_kept(manifest, tmp_path):
+    weights, events = run(small(ema_decay=0.8), manifest, tmp_path)
+    plain, _ = run(small(), manifest, tmp_path / "plain")
+    assert not torch.equal(weights["conv1.weight"], plain["conv1.weight"])
+    model = build_model(small(), manifest)
+    model.load_state_dict(weights)
+    context = TrainContext(lambda event: None)
+    context.device = torch.device("cpu")
+    loader = data_prep.make_loader(manifest, "test", batch_size=10, training=False)
+    again = evaluate(model, loader, context, classes=10, images=30)
+    assert again.confusion.tolist() == events[-1]["confusion"]
+
+
+def test_a_result_of_low_precision_is_evaluated_in_float32(manifest, tmp_path):
+    weights, events = run(small(precision="bfloat16"), manifest, tmp_path)
+    model = build_model(small(), manifest)
+    model.load_state_dict(weights)
+    context = TrainContext(lambda event: None)
+    context.device = torch.device("cpu")
+    loader = data_prep.make_loader(manifest, "test", batch_size=16, training=False)
+    exact = evaluate(model, loader, context, classes=10, images=30)
+    assert events[-1]["loss"] == pytest.approx(exact.loss, rel=1e-5)
+    last = [event["metrics"] for event in events if event["kind"] == "epoch"][-1]
+    assert last["test_loss"] != pytest.approx(exact.loss, rel=1e-5), "epochs are evaluated fast"
+
+
+def test_only_reports_wait_for_the_device(manifest, tmp_path, monkeypatch):
+    """Twice the steps of an epoch read no scalar more than the steps once."""
+    monkeypatch.setattr("pipeline.loop.PROGRESS_INTERVAL", math.inf)
+    waits = []
+    for batch_size in (20, 10):
+        with torch.profiler.profile() as profile:
+            run(small(epochs=1, batch_size=batch_size), manifest, tmp_path / str(batch_size))
+        events = profile.events()
+        assert events is not None
+        assert sum(event.name == "forward" for event in events) == 100 // batch_size
+        waits.append(sum(event.name == "aten::_local_scalar_dense" for event in events))
+    assert waits[0] == waits[1]
 
 
 def test_evaluation_equals_a_count_by_hand(manifest):
