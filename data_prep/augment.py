@@ -228,6 +228,11 @@ class Resolution:
     last: int
     ramp: tuple[float, float]
 
+    @classmethod
+    def constant(cls, size: int) -> Resolution:
+        """The same in every epoch."""
+        return cls(size, size, (0, 0))
+
     def at(self, epoch: int) -> int:
         """Pixels of each side in this epoch, which counts from 0."""
         begin, end = self.ramp

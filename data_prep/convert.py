@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import PIL
 
 from data_prep import sources
 from data_prep.beton import PAGE_BYTES
-from data_prep.datasets import DataError, Dataset, Storage, one_line_for_os_errors
+from data_prep.datasets import DataError, Dataset, one_line_for_os_errors
+from data_prep.locks import wait_for_disk
 from data_prep.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -23,10 +25,11 @@ from data_prep.manifest import (
     PreparedFile,
     digest_of,
 )
-from data_prep.preparing.folders import only_one, wait_for_disk, written_whole
+from data_prep.preparing.folders import only_one, written_whole
 from data_prep.preparing.images import has_strict_decoder, jpeg_decoder
 from data_prep.preparing.request import (
     Request,
+    Wanted,
     expected_bytes,
     expected_counts,
     make_request,
@@ -34,7 +37,7 @@ from data_prep.preparing.request import (
 from data_prep.preparing.verification import verify_arrays, verify_files
 from data_prep.preparing.workers import MAIN_GUARD, Workers, is_starting
 from data_prep.preparing.writing import Written, estimate_bytes, write_arrays, write_files
-from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress, Raw
+from data_prep.raw.splits import ArraySplit, EncodedSplit, Progress, Raw, unwatched
 
 #: Fewer images are faster done in this process than others are started.
 _FEW = 1000
@@ -61,34 +64,14 @@ class Plan:
     source: str
 
 
-def plan(
-    dataset: str | Dataset,
-    *,
-    root: Path | None = None,
-    raw: Path | None = None,
-    prepared: Path,
-    synthetic: tuple[int, int] | None = None,
-    storage: Storage | None = None,
-    max_per_class: int | None = None,
-    check_raw: bool = True,
-) -> Plan:
+def plan(dataset: str | Dataset, **wanted: Unpack[Wanted]) -> Plan:
     """Say what ``prepare`` with the same arguments would do; nothing is written.
 
     Raises:
         DataError: for an unknown data set, settings that have no effect on it, a manifest that
             does not hold, or a folder that cannot be looked into.
     """
-    request = make_request(
-        dataset,
-        root=root,
-        raw=raw,
-        prepared=prepared,
-        synthetic=synthetic,
-        storage=storage,
-        max_per_class=max_per_class,
-        check_raw=check_raw,
-        tell=_silent,
-    )
+    request = make_request(dataset, unwatched, **wanted)
     row, folder = request.row, request.folder
     with one_line_for_os_errors(f"cannot prepare {row.name}", folder):
         if folder.exists():
@@ -110,16 +93,10 @@ def plan(
 def prepare(
     dataset: str | Dataset,
     *,
-    root: Path | None = None,
-    raw: Path | None = None,
-    prepared: Path,
-    synthetic: tuple[int, int] | None = None,
-    storage: Storage | None = None,
-    max_per_class: int | None = None,
-    check_raw: bool = True,
     bad_share: float = 0.001,
     processes: int | None = None,
     progress: Progress | None = None,
+    **wanted: Unpack[Wanted],
 ) -> Manifest:
     """Make the prepared files of a data set, or check those that are there.
 
@@ -130,39 +107,21 @@ def prepare(
 
     Args:
         dataset: name or row.
-        root: folder of raw data sets; default TERNFORGE_DATA, else ``data``.
-        raw: the data set's own raw folder or archive, instead of ``<root>/<name>``.
-        prepared: folder of prepared data sets.
-        synthetic: made-up images (train, test), at least 1 each, in the shape of the data set
-            instead of its own.
-        storage: how images of many sizes are kept; default as the row says.
-        max_per_class: take only the first so many images of each class; the bad ones among them
-            are not replaced by others.
-        check_raw: compare raw files with their published checksums.
         bad_share: of each split, the share of images that may be bad; those are left out and
             listed in the manifest. One bad image is allowed in any split, unless it is 0.
         processes: that decode and encode; default one for each core; no difference to the files.
             More than one need ``if __name__ == "__main__":`` in the script that calls this.
         progress: called as ``progress(stage, done, total)``.
+        wanted: which images, from where to where: ``prepared``, and what else ``Wanted`` names.
 
     Raises:
         DataError: one line, when raw data are missing or damaged, too many images or all of a
             training class are bad, prepared files are not as written, or nothing can be written.
     """
     _check_work(bad_share, processes)
-    tell, processes = progress or _silent, processes or _cores()
+    tell, processes = progress or unwatched, processes or _cores()
     with _one_line_for_lack_of_memory(processes):
-        request = make_request(
-            dataset,
-            root=root,
-            raw=raw,
-            prepared=prepared,
-            synthetic=synthetic,
-            storage=storage,
-            max_per_class=max_per_class,
-            check_raw=check_raw,
-            tell=tell,
-        )
+        request = make_request(dataset, tell, **wanted)
         return _prepared(request, bad_share, processes, tell)
 
 
@@ -173,10 +132,6 @@ def _check_work(bad_share: float, processes: int | None) -> None:
         raise DataError(f"data.bad_share={bad_share:g} is no share: it goes from 0 to 1")
     if processes is not None and processes < 1:
         raise DataError(f"data.processes={processes}: at least 1 is needed")
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def _cores() -> int:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+#: Name of the split that is made of training images which are held out.
+VALIDATION = "validation"
+
 
 class DataError(Exception):
     """A failure that the user can mend: one line that says what, where, and what would be right."""

@@ -1,4 +1,4 @@
-"""A lock between processes: a file that one of them holds, and that is gone afterwards."""
+"""Files that outlive a process: the lock that one of several holds, and what is on the disk."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def wait_for_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_named(descriptor: int, path: Path) -> bool:

@@ -25,6 +25,7 @@ from data_prep.raw.splits import (
     Source,
     TarSplit,
     ZipSplit,
+    unwatched,
 )
 from data_prep.raw.stamps import stamp
 
@@ -201,14 +202,10 @@ def look(dataset: Dataset, place: Path) -> Dataset:
         return dataset
     with one_line_for_os_errors(f"cannot read {dataset.name}", place):
         # Files of a row without classes are read in place: nothing needs a scratch folder.
-        raw = READERS[dataset.reader](Source(dataset, place, place, True, _silent))
+        raw = READERS[dataset.reader](Source(dataset, place, place, True, unwatched))
     counts = {name: len(split) for name, split in raw.splits.items()}
     names = raw.class_names
     return replace(dataset, classes=len(names), class_names=names, counts=counts)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def listing_digest(raw: Raw) -> str:

@@ -12,18 +12,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-if TYPE_CHECKING:
-    from pipeline.config import Recipe
 
 _MANIFEST = "manifest.json"
 _MODEL = "model.safetensors"
@@ -42,6 +39,17 @@ class Progress:
     epoch: int
     step: int
     history: list[dict[str, float]]
+
+
+def kept_epoch(history: Sequence[Mapping[str, float]]) -> int:
+    """The epoch, from 1, whose weights are the result: the best on held-out images, or the last.
+
+    Args:
+        history: metrics of each epoch so far.
+    """
+    accuracies = [metrics.get("validation_top1") for metrics in history]
+    held_out = [accuracy for accuracy in accuracies if accuracy is not None]
+    return 1 + accuracies.index(max(held_out)) if held_out else len(history)
 
 
 @dataclass
@@ -179,14 +187,6 @@ class CheckpointStore:
         if state.get("identity") != self.identity:
             return "it belongs to another experiment"
         return None
-
-
-def kept_epoch(recipe: Recipe, history: list[dict[str, float]]) -> int:
-    """The epoch whose weights are the result, from 1: the best held-out one, or the last."""
-    if not recipe.validation:
-        return len(history)
-    accuracies = [metrics["validation_top1"] for metrics in history]
-    return 1 + accuracies.index(max(accuracies))
 
 
 @contextmanager

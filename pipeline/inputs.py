@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import data_prep
 from data_prep.datasets import (
     NORMALIZATIONS,
+    VALIDATION,
     DataError,
     Dataset,
     Normalization,
@@ -19,7 +20,7 @@ from data_prep.datasets import (
 if TYPE_CHECKING:
     import torch
 
-    from data_prep import Loader, Manifest
+    from data_prep import Loader, Manifest, Reading
     from pipeline.config import Experiment, Recipe
 
 
@@ -43,8 +44,23 @@ class Inputs(Protocol):
 
 
 def image_size(recipe: Recipe, inputs: Inputs) -> int:
-    """Height and width of the images that the network is made for, in pixels."""
+    """Height and width of the training images, for which the network is made, in pixels."""
     return recipe.image_size or inputs.image_size
+
+
+def first_image_size(recipe: Recipe, inputs: Inputs) -> int:
+    """Height and width of the images of the first epoch, in pixels."""
+    return recipe.first_image_size or image_size(recipe, inputs)
+
+
+def evaluation_size(recipe: Recipe, inputs: Inputs) -> int:
+    """Height and width of the images that the network is evaluated on and used with, in pixels.
+
+    Random windows show objects larger than the whole image does, so that a network does best on
+    images somewhat larger than those of its training: the train-test resolution effect (Touvron
+    et al. 2019).
+    """
+    return recipe.test_size or image_size(recipe, inputs)
 
 
 def dataset_of(experiment: Experiment) -> Dataset:
@@ -123,14 +139,9 @@ def check_images(experiment: Experiment, dataset: Dataset | Manifest) -> None:
     """
     recipe = experiment.train
     name = experiment.dataset
-    images = training_images(experiment, dataset)
-    if images is not None and images < recipe.batch_size:
-        raise DataError(
-            f"train.batch_size={recipe.batch_size} is more than the {images} training images of "
-            f"{name}"
-        )
-    size = image_size(recipe, dataset)
-    smallest = recipe.first_image_size or size
+    _check_counts(experiment, dataset)
+    size, tested = image_size(recipe, dataset), evaluation_size(recipe, dataset)
+    smallest = first_image_size(recipe, dataset)
     if smallest > size:
         raise DataError(
             f"train.first_image_size={smallest} is more than the {size} pixels of the last epochs"
@@ -140,18 +151,36 @@ def check_images(experiment: Experiment, dataset: Dataset | Manifest) -> None:
             f"train.shift={recipe.shift} moves the whole image out of sight; it has {smallest} "
             "pixels"
         )
-    is_resized = {smallest, size} != {dataset.image_size} or recipe.crop_area or recipe.test_crop
-    if dataset.channels == 1 and is_resized:
+    is_resized = {smallest, size, tested} != {dataset.image_size}
+    if dataset.channels == 1 and (is_resized or recipe.crop_area or recipe.test_crop):
         raise DataError(
             f"the gray images of {name} are not resized: leave train.image_size, "
-            "train.first_image_size, train.crop_area and train.test_crop at none"
+            "train.first_image_size, train.test_size, train.crop_area and train.test_crop at none"
         )
     of_any = Normalization((0.0,) * dataset.channels, (1.0,) * dataset.channels)
     named_normalization(recipe.normalization, dataset.normalization or of_any)
 
 
-def training_images(experiment: Experiment, dataset: Dataset | Manifest) -> int | None:
-    """Images of the training split as far as it is known without reading it."""
+def _check_counts(experiment: Experiment, dataset: Dataset | Manifest) -> None:
+    recipe, name = experiment.train, experiment.dataset
+    images = _images_to_share(experiment, dataset)
+    if images is None:
+        return
+    if recipe.validation >= images:
+        raise DataError(
+            f"train.validation={recipe.validation} leaves none of the {images} training images of "
+            f"{name} to train with"
+        )
+    if images - recipe.validation < recipe.batch_size:
+        rest = " that train.validation leaves" if recipe.validation else ""
+        raise DataError(
+            f"train.batch_size={recipe.batch_size} is more than the {images - recipe.validation} "
+            f"training images of {name}{rest}"
+        )
+
+
+def _images_to_share(experiment: Experiment, dataset: Dataset | Manifest) -> int | None:
+    """Images to train and to validate with, as far as it is known without reading them."""
     data = experiment.data
     if data.synthetic is not None:
         return data.synthetic[0]
@@ -161,11 +190,38 @@ def training_images(experiment: Experiment, dataset: Dataset | Manifest) -> int 
     return min(count, data.max_per_class * dataset.classes)
 
 
+def training_images(experiment: Experiment, dataset: Dataset | Manifest) -> int | None:
+    """Images of an epoch, without those held out, as far as it is known without reading them."""
+    images = _images_to_share(experiment, dataset)
+    return None if images is None else images - experiment.train.validation
+
+
+def split_images(experiment: Experiment, manifest: Manifest, split: str) -> int:
+    """Images of a split: ``train`` is without those held out, which are ``validation``.
+
+    Raises:
+        KeyError: for an unknown split.
+    """
+    held_out = experiment.train.validation
+    if split == VALIDATION:
+        return held_out
+    return manifest.counts[split] - (held_out if split == "train" else 0)
+
+
 def backend(experiment: Experiment) -> str:
     """The data backend that ``data.backend=auto`` means here."""
     if experiment.data.backend != "auto":
         return experiment.data.backend
     return "ffcv" if data_prep.ffcv_available() else "torch"
+
+
+def reading(experiment: Experiment, device: torch.device | str) -> Reading:
+    """What reads the images; beside a GPU, on the cores of a worker that training leaves."""
+    data, cores = experiment.data, experiment.scaling.cores
+    threads = data.threads
+    if threads is None and cores is not None and str(device).startswith("cuda"):
+        threads = max(1, cores - 1)
+    return data_prep.Reading(backend(experiment), threads, data.cache)
 
 
 def make_loader(
@@ -180,15 +236,22 @@ def make_loader(
 ) -> Loader:
     """Batches of a split as the recipe wants them.
 
+    Args:
+        split: ``train`` without the images that the recipe holds out, ``validation`` with these
+            alone, or ``test``.
+        training: shuffled, augmented, and of the epoch's size, or else each image once as it is
+            seen in use.
+
     Raises:
-        DataError: when the prepared files are not as they were written.
+        DataError: when the prepared files are not as they were written, or ``validation`` has no
+            images.
     """
-    recipe, data = experiment.train, experiment.data
-    size = image_size(recipe, manifest)
+    recipe = experiment.train
     view: data_prep.View = data_prep.CentralCrop(recipe.test_crop)
-    first = size
+    resolution = data_prep.Resolution.constant(evaluation_size(recipe, manifest))
     if training:
-        first = recipe.first_image_size or size
+        first, last = first_image_size(recipe, manifest), image_size(recipe, manifest)
+        resolution = data_prep.Resolution(first, last, recipe.growth_epochs)
         view = data_prep.Augmentation(
             shift=recipe.shift,
             padding=recipe.padding,
@@ -201,12 +264,13 @@ def make_loader(
         split,
         batch_size=recipe.batch_size,
         training=training,
+        held_out=recipe.validation,
         view=view,
-        resolution=data_prep.Resolution(first, size, recipe.growth_epochs),
+        resolution=resolution,
         normalize=recipe.normalization,
         seed=experiment.seed,
         rank=rank,
         world_size=world_size,
         device=device,
-        reading=data_prep.Reading(backend(experiment), data.threads, data.cache),
+        reading=reading(experiment, device),
     )

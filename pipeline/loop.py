@@ -16,7 +16,7 @@ import data_prep
 import models
 from pipeline import inputs as data
 from pipeline.averaging import MovingAverage, average_statistics
-from pipeline.checkpoint import CheckpointStore, Progress, TrainingState
+from pipeline.checkpoint import CheckpointStore, Progress, TrainingState, kept_epoch
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.optim import build_optimizer, learning_rate, plateau_factor
 from pipeline.training_step import TrainingStep, autocast
@@ -233,7 +233,7 @@ class _Training:
         )
         if context.rank == 0:
             started = time.perf_counter()
-            best = self._kept_epoch() if self.recipe.validation else None
+            best = kept_epoch(self.progress.history) if self.recipe.validation else None
             self.store.save(self.state, self.progress, best)
             metrics["checkpoint_seconds"] = time.perf_counter() - started
         context.event(
@@ -245,17 +245,9 @@ class _Training:
         )
         context.report(metrics)
 
-    def _kept_epoch(self) -> int:
-        """The epoch whose weights are the result, from 1: the best held-out one, or the last."""
-        history = self.progress.history
-        if not self.recipe.validation:
-            return len(history)
-        accuracies = [metrics["validation_top1"] for metrics in history]
-        return 1 + accuracies.index(max(accuracies))
-
     def evaluate_result(self) -> None:
         """Evaluate the result on the test split, in float32, and tell all about it."""
-        kept = self._kept_epoch()
+        kept = kept_epoch(self.progress.history)
         if kept != self.progress.epoch:
             result = self.state.average if self.state.average is not None else self.state.model
             self.store.load_model(kept, result)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from data_prep.datasets import DATASETS
-from data_prep.locks import exclusive
+from data_prep.locks import exclusive, wait_for_disk
 
 #: Folders that a killed process may have left; whatever else ends in .partial is somebody else's.
 _PARTIAL = re.compile(rf"({'|'.join(DATASETS)})-[0-9a-f]{{10}}\.partial")
@@ -69,15 +69,6 @@ def written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def wait_for_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock_file(folder: Path) -> Path:

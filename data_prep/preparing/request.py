@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from data_prep import sources
 from data_prep.beton import PAGE_BYTES
@@ -16,6 +16,30 @@ from data_prep.raw.splits import Progress, Raw
 
 #: Stored bytes of a pixel, for a guess that reads no image: JPEG at quality 90 on photographs.
 _JPEG_BYTES_PER_PIXEL = 0.35
+
+
+class Wanted(TypedDict, total=False):
+    """Which images are to be prepared: arguments of ``prepare`` and ``plan``.
+
+    Attributes:
+        prepared: folder of prepared data sets.
+        root: folder of raw data sets; default TERNFORGE_DATA, else ``data``.
+        raw: the data set's own raw folder or archive, instead of ``<root>/<name>``.
+        synthetic: made-up images (train, test), at least 1 each, in the shape of the data set
+            instead of its own.
+        storage: how images of many sizes are kept; default as the row says.
+        max_per_class: take only the first so many images of each class; the bad ones among them
+            are not replaced by others.
+        check_raw: compare raw files with their published checksums; default true.
+    """
+
+    prepared: Required[Path]
+    root: Path | None
+    raw: Path | None
+    synthetic: tuple[int, int] | None
+    storage: Storage | None
+    max_per_class: int | None
+    check_raw: bool
 
 
 @dataclass(frozen=True)
@@ -47,17 +71,17 @@ class Request:
 
 def make_request(
     dataset: str | Dataset,
-    *,
-    root: Path | None,
-    raw: Path | None,
-    prepared: Path,
-    synthetic: tuple[int, int] | None,
-    storage: Storage | None,
-    max_per_class: int | None,
-    check_raw: bool,
     tell: Progress,
+    *,
+    prepared: Path,
+    root: Path | None = None,
+    raw: Path | None = None,
+    synthetic: tuple[int, int] | None = None,
+    storage: Storage | None = None,
+    max_per_class: int | None = None,
+    check_raw: bool = True,
 ) -> Request:
-    """Check the arguments of ``prepare`` and find the folder that they stand for.
+    """Check what is wanted, see ``Wanted``, and find the folder that it stands for.
 
     Raises:
         DataError: for an unknown data set and for settings that are wrong or have no effect.

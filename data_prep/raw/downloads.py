@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import shutil
 import time
 import urllib.error
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.datasets import DataError, Download, one_line_for_os_errors
-from data_prep.locks import exclusive
+from data_prep.locks import exclusive, wait_for_disk
 from data_prep.raw.splits import Progress, Source
 
 #: Seconds that a silent server is waited for.
@@ -135,15 +134,10 @@ def _fetch_from(url: str, download: Download, target: Path, tell: Progress) -> N
         part.unlink()
         state_file.unlink()
         raise _Refused(f"its file {problem}")
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    wait_for_disk(part)
     part.replace(target)
     state_file.unlink()
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    wait_for_disk(target.parent)
 
 
 def _problem_of(part: Path, download: Download) -> str:

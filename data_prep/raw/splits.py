@@ -20,6 +20,11 @@ from data_prep.raw.names import printable
 #: Called as tell(stage, done, total).
 Progress = Callable[[str, int, int], None]
 
+
+def unwatched(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
 Integers = npt.NDArray[np.int64]
 
 #: Bytes; no image and no list of labels is larger.

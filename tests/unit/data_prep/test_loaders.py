@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from data_prep import (
     make_loader,
     prepare,
 )
+from data_prep.augment import Geometry, Indices
 from data_prep.beton import JPG, RAW, BetonWriter
 from data_prep.datasets import NORMALIZATIONS, Normalization
 from data_prep.manifest import PreparedFile
+from data_prep.reading.ffcv_reader import FFCVReader
+from data_prep.reading.readers import Look
 from data_prep.sources import ArraySplit, generate, open_raw, raw_place
 
 BACKENDS = ["ffcv", "torch"]
@@ -296,11 +299,6 @@ def test_torch_keeps_its_thread_count(digits: Manifest) -> None:
         torch.set_num_threads(before)
 
 
-def test_a_batch_that_cannot_be_shared_is_one_line(digits: Manifest) -> None:
-    with pytest.raises(DataError, match="a batch of 10 images cannot be shared by 4 ranks"):
-        training_loader(digits, batch_size=10, world_size=4)
-
-
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
 def test_a_rank_outside_the_world_is_one_line(digits: Manifest, rank: int, world_size: int) -> None:
     with pytest.raises(DataError, match=f"rank {rank} of {world_size}: ranks go from 0 to"):
@@ -488,6 +486,46 @@ def test_a_gpu_gets_the_batches_of_the_cpu(digits: Manifest) -> None:
     for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=1e-6)
         assert torch.equal(gpu_labels.cpu(), cpu_labels)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gpu_that_computes_is_not_waited_for(photographs: Manifest, backend: str) -> None:
+    """Batches come while the GPU is busy, and what is computed with them is right nevertheless."""
+    options: dict[str, Any] = {"batch_size": 8, "view": WINDOW, "backend": backend}
+    loader = training_loader(photographs, device="cuda", **options)
+    expected = [float(images.double().sum()) for images, _ in batches_of(loader)]
+    sums = []
+    torch.cuda.synchronize()
+    with loader.epoch(0) as batches:
+        for images, _ in batches:
+            torch.cuda._sleep(400_000_000)  # cycles: a fifth of a second
+            sums.append(images.double().sum())
+        queued = torch.cuda.current_stream().record_event()
+        assert not queued.query(), "the loader waited for the computation"
+    assert [float(value) for value in sums] == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_for_a_gpu_are_decoded_into_page_locked_memory(photographs: Manifest) -> None:
+    index = photographs.files["train"].open_index(photographs.folder)
+
+    def geometry(indices: Indices, shapes: np.ndarray) -> Geometry:
+        return CentralCrop().geometry(indices, shapes, 0, 0)
+
+    look = Look(geometry, edge=False, size=32, mean=None, std=None)
+    with closing(FFCVReader(index, 8, 1, "page").read(np.arange(16), look)) as batches:
+        assert all(torch.from_numpy(images).is_pinned() for images in batches)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_an_epoch_on_a_gpu_may_be_left_early(digits: Manifest) -> None:
+    loader = training_loader(digits, device="cuda")
+    whole = batches_of(loader)
+    with loader.epoch(0) as batches:
+        images, labels = next(batches)
+    assert torch.equal(images, whole[0][0]) and torch.equal(labels, whole[0][1])
+    assert same(batches_of(loader, start_step=3), whole[3:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import io
+
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_prep.datasets import DATASETS, Storage
+from data_prep.datasets import DATASETS, DataError, Storage
 from pipeline import inputs
 from pipeline.config import PipelineError
 from pipeline.contact_sheet import write_contact_sheet
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
+from pipeline.settings import override
 from tests.pictures import write_class_folders
+
+SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,96 @@ def test_the_recipe_decides_what_the_network_sees(settings):
     with test.epoch(0) as batches:
         images = torch.cat([images for images, _ in batches])
     assert images.shape == (18, 3, 48, 48)
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "torch"])
+def test_evaluation_may_be_at_another_size_than_training(settings, backend):
+    """The whole images of the test split, made as large as asked for by OpenCV."""
+    sizes = ["train.image_size=32", "train.test_size=48"]
+    options = [f"data.backend={backend}", "train.normalization=unit", "train.test_crop=none"]
+    experiment = load_experiment("folder_resnet20", [*settings, *sizes, *options])
+    manifest = inputs.prepare(experiment, inputs.dataset_of(experiment), lambda *_: None)
+    assert inputs.image_size(experiment.train, manifest) == 32
+    assert inputs.evaluation_size(experiment.train, manifest) == 48
+    train = inputs.make_loader(experiment, manifest, "train", training=True)
+    with train.epoch(0) as batches:
+        assert next(batches)[0].shape == (24, 3, 32, 32)
+    test = inputs.make_loader(experiment, manifest, "test", training=False)
+    with test.epoch(0) as batches:
+        images = torch.cat([images for images, _ in batches])
+    index = manifest.files["test"].open_index(manifest.folder)
+    data = np.fromfile(index.path, dtype=np.uint8)
+    for sample, image in enumerate(images):
+        stored = data[int(index.pointers[sample]) :][: int(index.sizes[sample])]
+        pixels = np.asarray(Image.open(io.BytesIO(stored.tobytes())))
+        expected = cv2.resize(pixels, (48, 48), interpolation=cv2.INTER_AREA)
+        assert np.abs(255 * image.permute(1, 2, 0).numpy() - expected).max() < 1.01
+
+
+def test_images_held_out_are_seen_as_in_use_and_never_trained_on(settings):
+    """Of three folders with 24 images each, 9 in equal steps: three of each class."""
+    options = ["train.validation=9", "train.image_size=32", "train.test_crop=0.875"]
+    experiment = load_experiment("folder_resnet20", [*settings, *options, "train.batch_size=21"])
+    manifest = inputs.prepare(experiment, inputs.dataset_of(experiment), lambda *_: None)
+    counts = {name: inputs.split_images(experiment, manifest, name) for name in SPLITS}
+    assert counts == {"train": 63, "validation": 9, "test": 18}
+    assert inputs.training_images(experiment, manifest) == 63
+    train = inputs.make_loader(experiment, manifest, "train", training=True)
+    assert train.steps_per_epoch == 3
+    with train.epoch(0) as batches:
+        labels = torch.cat([labels for _, labels in batches])
+    assert labels.bincount().tolist() == [21, 21, 21]
+    everything = override(experiment, ["train.validation=0"])
+    plain = inputs.make_loader(everything, manifest, "train", training=False)
+    held_out = inputs.make_loader(experiment, manifest, "validation", training=False)
+    with plain.epoch(0) as all_batches, held_out.epoch(0) as batches:
+        images = torch.cat([images for images, _ in all_batches])
+        ((seen, labels),) = batches
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert torch.equal(seen, images[4::8])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "mnist_lenet5",
+            ["train.validation=60000"],
+            "train.validation=60000 leaves none of the 60000 training images of mnist to train",
+        ),
+        (
+            "cifar10_resnet20",
+            ["train.validation=49900", "train.batch_size=128"],
+            "train.batch_size=128 is more than the 100 training images of cifar10 that "
+            "train.validation leaves",
+        ),
+        (
+            "cifar10_resnet20",
+            ["data.max_per_class=5", "train.batch_size=128"],
+            "train.batch_size=128 is more than the 50 training images of cifar10$",
+        ),
+        ("mnist_lenet5", ["train.test_size=32"], "the gray images of mnist are not resized"),
+    ],
+)
+def test_what_the_images_do_not_bear_is_one_line(name, settings, message):
+    experiment = load_experiment(name, settings)
+    with pytest.raises(DataError, match=message):
+        inputs.check_images(experiment, inputs.dataset_of(experiment))
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "threads"),
+    [
+        ([], "cuda:0", None),
+        (["scaling.cores=8"], "cuda:0", 7),
+        (["scaling.cores=1"], "cuda:0", 1),
+        (["scaling.cores=8"], "cpu", None),
+        (["scaling.cores=8", "data.threads=3"], "cuda:0", 3),
+    ],
+)
+def test_threads_that_read_are_those_that_training_leaves_of_the_cores(settings, device, threads):
+    experiment = load_experiment("cifar10_resnet20", settings)
+    assert inputs.reading(experiment, torch.device(device)).threads == threads
 
 
 def test_both_backends_train_on_the_same_batches(settings):
