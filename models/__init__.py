@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from models.blurpool import add_blurpool
     from models.calls import ModelError
     from models.create import (
         apply_method,
@@ -21,15 +22,23 @@ if TYPE_CHECKING:
     from models.methods.binary import latent_regularization
     from models.periodic import fold_periodic
     from models.profiler import LayerProfile, Profile, profile
-    from models.surgery import after_step, constant_buffers, fold, quantized_layers
+    from models.surgery import (
+        after_step,
+        compile_quantizers,
+        constant_buffers,
+        fold,
+        quantized_layers,
+    )
 
 __all__ = [
     "LayerProfile",
     "ModelError",
     "Profile",
+    "add_blurpool",
     "after_step",
     "apply_method",
     "backbone_note",
+    "compile_quantizers",
     "constant_buffers",
     "create_model",
     "explain",
@@ -46,9 +55,11 @@ _HOME = {
     "LayerProfile": "models.profiler",
     "ModelError": "models.calls",
     "Profile": "models.profiler",
+    "add_blurpool": "models.blurpool",
     "after_step": "models.surgery",
     "apply_method": "models.create",
     "backbone_note": "models.create",
+    "compile_quantizers": "models.surgery",
     "constant_buffers": "models.surgery",
     "create_model": "models.create",
     "explain": "models.create",

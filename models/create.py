@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.backbones import BACKBONES
+from models.blurpool import add_blurpool
 from models.calls import ModelError, Option, bind, options, parse_call
 from models.methods import METHODS, Kind, Method, resolve_methods
 from models.surgery import Part, mark_constant_buffers
@@ -27,14 +28,15 @@ def create_model(
     in_channels: int = 3,
     image_size: int,
     seed: int = 0,
+    blurpool: bool = False,
 ) -> nn.Module:
     """Build a network for images (N, in_channels, image_size, image_size) and apply a method.
 
     `backbone` and `method` are call strings: `lenet5(width=2)`, `ternary(expansion=4)`; methods
     compose with a plus sign. The initial weights depend on `seed` (modulo 2**64) and the backbone
     alone, those of layers that a method adds on the method too, and the global random state is left
-    as it was. Output: logits (N, num_classes). Raises ModelError, also when there is not enough
-    memory.
+    as it was. `blurpool` blurs before layers that skip pixels (see models.add_blurpool). Output:
+    logits (N, num_classes). Raises ModelError, also when there is not enough memory.
     """
     for name, value in zip(_FROM_DATA, (num_classes, in_channels, image_size), strict=True):
         if type(value) is not int:
@@ -62,6 +64,8 @@ def create_model(
             reason = str(error).splitlines()[0]
             raise ModelError(f"{backbone} cannot be built: {reason}") from error
         _apply(model, steps, method)
+        if blurpool:
+            add_blurpool(model)
         return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -66,7 +68,8 @@ class CompressedLayer(nn.Module):
     on the gradient, and on the value only behind a quantizer that does not map zero to zero.
     `input_quantizer` maps the input first. `bias_terms` multiplies the bias: the reference code of
     the ternary method adds it once per branch. `clip` is the bound that the latent weight and bias
-    are held to after each optimizer step, if there is one.
+    are held to after each optimizer step, if there is one. `compiled` quantizers go through
+    torch.compile where gradients are recorded (see models.compile_quantizers).
     """
 
     weight: Tensor
@@ -75,13 +78,16 @@ class CompressedLayer(nn.Module):
     input_quantizer: nn.Module | None
     bias_terms: int
     clip: float | None
+    compiled: bool = False
 
     def used_weight(self) -> Tensor:
         """Return the weight that forward computes with, of the shape of `weight`."""
         weight = self.weight if self.mask is None else self.mask.mask_gradient(self.weight)
         if self.weight_quantizer is None:
             return weight
-        quantized = self.weight_quantizer(weight, self.mask)
+        use_compiled = self.compiled and torch.is_grad_enabled()
+        quantize = _compiled_quantize() if use_compiled else _quantize
+        quantized = quantize(self.weight_quantizer, weight, self.mask)
         if self.mask is None or self.weight_quantizer.keeps_zeros:
             return quantized
         return self.mask.mask_value(quantized)
@@ -216,6 +222,16 @@ def compress(
     if mask is not None:
         mask.mask_in_place(new.weight)
     return new
+
+
+def _quantize(quantizer: WeightQuantizer, weight: Tensor, mask: WeightMask | None) -> Tensor:
+    return quantizer(weight, mask)
+
+
+@cache
+def _compiled_quantize() -> Callable[[WeightQuantizer, Tensor, WeightMask | None], Tensor]:
+    # A kernel for each shape: those for any shape are slower than the eager quantizers.
+    return torch.compile(_quantize, fullgraph=True, dynamic=False)
 
 
 def _only_one(kind: str, layer: PlainLayer, added: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.calls import ModelError
 from models.layers import StoresWeight
+from models.lowpass import BlurPool2d
 from models.storage import FORMATS, Storage
 from models.surgery import Layer, Part, constant_buffers, weight_layers
 from models.torchstat import Torchstat
@@ -29,10 +30,10 @@ class LayerProfile:
     values beside the weight (biases, batch norm), `learned_scales` those that belong to its
     quantizer, `statistics` the running means and variances.
 
-    `nominal_macs`, the papers' count of multiply-accumulates, charges the whole kernel at each
-    output position, and `kept_macs` charges it without its pre-defined zeros. `executed_macs` are
-    those that the layer computes: fewer where it leaves out taps that see nothing but padding or
-    that are zeros of all its patterns, more where it computes small groups as larger ones.
+    `nominal_macs`, the papers' count of multiply-accumulates, charges the whole kernel, and that of
+    a blur, at each output position, and `kept_macs` charges it without its pre-defined zeros.
+    `executed_macs` are those that the layer computes: fewer where it leaves out taps that see only
+    padding or are zeros of all its patterns, more where it computes small groups as larger ones.
     `density` is the share of non-zero entries in the weight that the layer computes with, None
     where there are no values to look at.
     """
@@ -350,9 +351,12 @@ def _profile_layer(
     counted.update(learned)
     weight = weight_of(module)
     storage = None if weight is None else _storage(module, weight)
-    nominal = kept = weights = masked = 0
+    blurs = [path for path, part in parts.items() if isinstance(part, BlurPool2d)]
+    nominal = kept = sum(traced.modules[path].macs for path in blurs)
+    weights = masked = 0
     if weight is not None and storage is not None:
-        nominal, kept = calls.positions * weight.numel(), calls.positions * storage.count
+        nominal += calls.positions * weight.numel()
+        kept += calls.positions * storage.count
         if storage.frozen or id(weight) in learned:
             weights, masked = storage.count, weight.numel() - storage.count
             learned.pop(id(weight), None)

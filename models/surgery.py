@@ -21,6 +21,7 @@ from models.layers import (
     StoresWeight,
     TrimmedConv2d,
 )
+from models.lowpass import BlurPool2d, blur_input
 
 Part = Literal["stem", "head", "shortcut", "bottleneck", "projection", "body"]
 Shape = Literal["spatial", "depthwise", "pointwise", "linear"]
@@ -103,13 +104,17 @@ def replace_layers(
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replace modules below a network's root in place, each under all its names.
 
-    What is inside a replaced module goes with it.
+    What is inside a replaced module goes with it, but for the blur of its input (models.lowpass).
     """
     replaced: tuple[str, ...] = ()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements and not name.startswith(replaced):
             model.set_submodule(name, replacements[module])
             replaced += (f"{name}.",)
+    for module, new in replacements.items():
+        blur = getattr(module, "blur", None)
+        if isinstance(blur, BlurPool2d):
+            blur_input(new, blur)
 
 
 def activation_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -167,6 +172,25 @@ def after_step(model: nn.Module) -> Callable[[], None]:
             torch._foreach_clamp_max_(latents, bound)
 
     return clip
+
+
+def compile_quantizers(model: nn.Module) -> int:
+    """Let torch.compile make the quantizers of a network faster, and return how many there are.
+
+    Only they are compiled, each by itself, so a network that torch.compile cannot take as a whole
+    may gain too, and gradients reach DistributedDataParallel layer by layer as before. The first
+    training step compiles one kernel for each shape of weight, a few seconds each. Values may
+    differ from the eager ones in the order of summation, so in the last bit of a scale. Call it
+    after the methods. Raises ModelError for a network without quantized weights.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no quantizers to compile")
+    # Of one function torch.compile keeps eight variants, for all networks together, then it fails.
+    torch._dynamo.config.recompile_limit += len(layers)
+    for layer in layers:
+        layer.compiled = True
+    return len(layers)
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ that was last written in place or passed through a conversion that changes nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -202,10 +203,9 @@ def _kept(
 ) -> tuple[Tensor, Tensor]:
     """Return K as ones and zeros, and S. Sets the magnitudes below delta to zero.
 
-    The next, larger Delta does not need them. Boolean masks would be several times slower on the
-    CPU, and a selection in place of the product would hide a NaN.
+    The next, larger Delta does not need them. A selection in place of the product would hide a NaN.
     """
-    kept = torch.ge(magnitude, delta, out=torch.empty_like(weight))
+    kept = _ones_where(torch.ge, magnitude, delta)
     scale = magnitude.mul_(kept).sum() / kept.sum()
     if strict_negative_edge:
         kept = weight.clone().ge_(delta) + weight.clone().lt_(-delta)
@@ -219,7 +219,7 @@ class _MeanTernary(torch.autograd.Function):
     def forward(weight: Tensor, factor: float, count: int) -> Tensor:
         magnitude = weight.abs()
         delta = factor * (magnitude.sum() / count)
-        kept = torch.gt(magnitude, delta, out=torch.empty_like(weight))
+        kept = _ones_where(torch.gt, magnitude, delta)
         scale = magnitude.mul_(kept).sum() / kept.sum().clamp_min(1)
         return kept.mul_(scale).copysign(weight)
 
@@ -258,6 +258,15 @@ class _TrainedTernary(torch.autograd.Function):
 
 def _beyond(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return ones where a weight is above delta and where it is below -delta, zeros elsewhere."""
-    above = torch.gt(weight, delta, out=torch.empty_like(weight))
-    below = torch.lt(weight, -delta, out=torch.empty_like(weight))
-    return above, below
+    return _ones_where(torch.gt, weight, delta), _ones_where(torch.lt, weight, -delta)
+
+
+def _ones_where(compare: Callable[..., Tensor], values: Tensor, bound: Tensor) -> Tensor:
+    """Return ones where a comparison holds, zeros elsewhere, in the dtype of the values.
+
+    Boolean masks would be several times slower on the CPU; torch.compile, which makes none of them,
+    does not take an output whose channels are innermost.
+    """
+    if torch.compiler.is_compiling():
+        return compare(values, bound).to(values.dtype)
+    return compare(values, bound, out=torch.empty_like(values))

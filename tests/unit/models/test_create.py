@@ -99,7 +99,7 @@ def test_what_cannot_be_built_is_refused_with_a_reason(
 
 @pytest.mark.parametrize("size", ["num_classes", "in_channels", "image_size"])
 def test_sizes_must_be_positive(size: str) -> None:
-    sizes = {"num_classes": 10, "in_channels": 1, "image_size": 28} | {size: 0}
+    sizes: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": 28} | {size: 0}
     with pytest.raises(ModelError, match=f"{size} must be at least 1, not 0"):
         create_model("lenet5", "float", **sizes)
 
