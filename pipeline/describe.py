@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from data_prep.datasets import DATASETS, Dataset
 from models.registry import declared
 from pipeline.config import Experiment, PipelineError, flatten, nearest
-from pipeline.experiments import catalog
+from pipeline.experiments import catalog, chapters
 from pipeline.settings import without_effect
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def list_parts(pattern: str) -> None:
     if any(pattern == part.name for declarations in parts.values() for part in declarations):
         _explain(pattern)
         return
-    tables = [_experiments(pattern), _datasets(pattern)]
+    tables = [*_experiments(pattern), _datasets(pattern)]
     for kind, declarations in parts.items():
         tables.append(_table((kind, "what it is")))
         for part in declarations:
@@ -74,24 +74,33 @@ def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, title_justify="left", title_style="bold")
     for title in titles:
         bold = "bold" if title == titles[0] else None
         table.add_column(title, justify="right" if title in right else "left", style=bold)
     return table
 
 
-def _experiments(pattern: str) -> Table:
-    table = _table(("experiment", "reproduces", "published top-1"), right=("published top-1",))
-    for name, entry in catalog().items():
-        if fnmatch.fnmatch(name, pattern):
+def _experiments(pattern: str) -> list[Table]:
+    """A table for each chapter of the catalog, with columns of the same width."""
+    titles = ("experiment", "reproduces", "top-1", "top-5")
+    found = {
+        title: [entry for entry in entries if fnmatch.fnmatch(entry.name, pattern)]
+        for title, entries in chapters().items()
+    }
+    width = max((len(entry.name) for entries in found.values() for entry in entries), default=0)
+    tables = []
+    for title, entries in found.items():
+        table = _table(titles, right=titles[2:])
+        table.title = title
+        table.columns[0].min_width = width
+        for entry in entries:
             assert entry.reference is not None
-            published = f"{entry.reference.top1:.2f}" if entry.reference.top1 else "-"
-            what = entry.reference.what
-            if entry.reference.source:
-                what += f" ({entry.reference.source})"
-            table.add_row(name, what, published)
-    return table
+            accuracies = (entry.reference.top1, entry.reference.top5)
+            published = ["-" if value is None else f"{value:.2f}" for value in accuracies]
+            table.add_row(entry.name, entry.reference.what, *published)
+        tables.append(table)
+    return tables
 
 
 def _datasets(pattern: str) -> Table:
@@ -255,7 +264,7 @@ def _changed_layers(profile: Profile) -> list[str]:
 def dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
     """Print what a run would do. Writes nothing."""
     from pipeline.inputs import source_options, training_images
-    from pipeline.stages import check
+    from pipeline.materials import check, rate_note
 
     dataset = check(experiment)
     import data_prep
@@ -272,9 +281,12 @@ def dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
     lines.append(("prepare", f"{files} {how} {plan.folder}"))
     epochs, batch = experiment.train.epochs, experiment.train.batch_size
     steps = (training_images(experiment, dataset) or 0) // batch
-    where = launch.device_description(launch.worker_count(experiment))
+    where = launch.planned_workers(experiment).description
     total = f"{epochs * steps:,} in all, on {where}"
     lines.append(("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}"))
+    rate = rate_note(experiment.train)
+    if rate is not None:
+        lines.append(("train", rate))
     lines += [("layers", line) for line in _changed_layers(_profile(experiment))]
     note = models.backbone_note(experiment.backbone)
     if note:

@@ -1,8 +1,9 @@
 """The catalog: curated experiments by name, and the grammar that makes all the others.
 
-A name is ``<dataset>_<backbone>[_<method>]``, parts without underscores. Every module of this
-package lists curated experiments in ``EXPERIMENTS``; any other legal name gets the default
-recipe and is marked untuned.
+A name is ``<dataset>_<backbone>[_<method>[_<recipe>]]``, parts without underscores. Every module of
+this package lists curated experiments in ``EXPERIMENTS`` below a ``TITLE``; any other legal name
+gets the recipe that it says, or else the default one, and is marked untuned. A curated name is
+free in what follows the backbone, where a paper's row has more to it than the grammar can say.
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 from data_prep.datasets import DATASETS, DataError, Dataset, get_dataset
 from models.calls import ModelError
-from pipeline.config import Experiment, PipelineError, nearest
-from pipeline.recipes import default_recipe
+from pipeline.config import Experiment, PipelineError, Recipe, nearest
+from pipeline.recipes import FINETUNE, RECIPES, default_recipe, float_weights
 from pipeline.settings import build_experiment, override
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@cache
+def chapters() -> dict[str, list[Experiment]]:
+    """All curated experiments by the title of their module, in its order. Imports no torch."""
+    modules = [
+        importlib.import_module(f"{__name__}.{module.name}")
+        for module in pkgutil.iter_modules(__path__)
+    ]
+    return {module.TITLE: module.EXPERIMENTS for module in modules}
 
 
 @cache
 def catalog() -> dict[str, Experiment]:
     """All curated experiments by name. Imports no torch."""
     entries: dict[str, Experiment] = {}
-    for module in pkgutil.iter_modules(__path__):
-        for experiment in importlib.import_module(f"{__name__}.{module.name}").EXPERIMENTS:
+    for experiments in chapters().values():
+        for experiment in experiments:
             if experiment.name in entries:
                 raise ValueError(f"experiment {experiment.name} is in the catalog twice")
             entries[experiment.name] = experiment
@@ -80,16 +95,37 @@ def check_parts(experiment: Experiment, dataset: Dataset | None = None) -> None:
             network = build_model(experiment, row)
     except (ModelError, DataError) as error:
         raise PipelineError(str(error)) from None
-    size = experiment.train.first_image_size
-    if size is not None:
+    _check_latent_weights(experiment, network)
+    for key in ("first_image_size", "test_size"):
+        size = getattr(experiment.train, key)
+        if size is None:
+            continue
         images = torch.empty(2, row.channels, size, size, device="meta")
         try:
             network.eval()(images)
         except RuntimeError:
             raise PipelineError(
                 f"{experiment.backbone} takes images of one size only, not of "
-                f"train.first_image_size={size} as well"
+                f"train.{key}={size} as well"
             ) from None
+
+
+def _check_latent_weights(experiment: Experiment, network: nn.Module) -> None:
+    """Refuse settings for latent weights that the network does not have."""
+    import models
+
+    recipe = experiment.train
+    layers = [layer for _, layer in models.quantized_layers(network)]
+    if recipe.compile == "quantizers" and not layers:
+        raise PipelineError(
+            f"train.compile=quantizers: method={experiment.method} quantizes no weights; "
+            "take model or none"
+        )
+    if recipe.latent_regularization and all(layer.clip is None for layer in layers):
+        raise PipelineError(
+            f"train.latent_regularization={recipe.latent_regularization:g} is for latent weights "
+            f"in [-1, 1], as those of method=binary; method={experiment.method} has none"
+        )
 
 
 def _from_grammar(name: str) -> Experiment:
@@ -99,24 +135,43 @@ def _from_grammar(name: str) -> Experiment:
             "are settings behind the name: mnist_lenet5 method='ternary(expansion=4)'"
         )
     parts = name.split("_")
-    if not 2 <= len(parts) <= 3 or not all(parts):
+    if not 2 <= len(parts) <= 4 or not all(parts):
         raise PipelineError(
-            f"unknown experiment {name!r}{nearest(name, catalog())} "
-            "A name is DATASET_BACKBONE or DATASET_BACKBONE_METHOD; --list shows the catalog"
+            f"unknown experiment {name!r}{nearest(name, catalog()) or '.'} A name is "
+            "DATASET_BACKBONE, with _METHOD or _METHOD_RECIPE behind; --list shows the catalog"
         )
+    dataset, backbone, *rest = parts
+    method = rest[0] if rest else "float"
+    recipe = rest[1] if len(rest) == 2 else None
     try:
         experiment = build_experiment(
             {
                 "name": name,
-                "dataset": parts[0],
-                "backbone": parts[1],
-                "method": parts[2] if len(parts) == 3 else "float",
-                "train": default_recipe(parts[0]),
+                "dataset": dataset,
+                "backbone": backbone,
+                "method": method,
+                "init_from": _start(dataset, backbone, recipe),
+                "train": _recipe(dataset, method, recipe),
             }
         )
-        row = get_dataset(parts[0])
+        row = get_dataset(dataset)
         # Settings behind the name say where a folder of the user's own is; it is checked then.
         check_parts(experiment, replace(row, classes=2) if row.classes is None else row)
     except (PipelineError, DataError) as error:
         raise PipelineError(f"cannot make experiment {name!r}: {error}") from None
     return experiment
+
+
+def _recipe(dataset: str, method: str, name: str | None) -> Recipe:
+    if method in RECIPES:
+        raise PipelineError(f"{method} is a recipe, and a recipe stands behind a method, as float")
+    if name is None:
+        return default_recipe(dataset)
+    if name not in RECIPES:
+        raise PipelineError(f"unknown recipe {name!r}{nearest(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def _start(dataset: str, backbone: str, recipe: str | None) -> str | None:
+    finetuned = recipe is not None and recipe.endswith(FINETUNE)
+    return float_weights(dataset, backbone) if finetuned else None

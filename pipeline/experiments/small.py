@@ -9,6 +9,8 @@ from __future__ import annotations
 from pipeline.config import Experiment, Reference
 from pipeline.recipes import DIGITS, MNIST
 
+TITLE = "The tour of the pipeline: minutes on two CPU cores"
+
 _LENET5_MNIST = Reference(
     what="LeNet5 on MNIST, full precision, 500 epochs",
     top1=99.50,
