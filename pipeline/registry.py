@@ -3,6 +3,9 @@
 A version is a graph written by `torch.export` (`model.pt2`) with a dynamic batch size: it loads
 with torch and MLflow alone, without this project, and unpickles no code. The alias is moved to a
 new version only after that version has been read back and has given the trained net's logits.
+
+Beside the graph lies what another training can begin with: the trained network's own tensors
+(`training/weights.safetensors`, of a quantized one the latent weights) and its experiment.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import logging
 import pickle
 import pickletools
+import re
 import tempfile
 import warnings
 import zipfile
@@ -24,8 +28,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from pipeline.config import PipelineError
+from pipeline.config import Data, Experiment, PipelineError, Scaling, Tracking, nearest
 from pipeline.stores import TrackingStore, reason, store_errors
 
 if TYPE_CHECKING:
@@ -40,6 +45,7 @@ PICKLE_START = b"\x80"  # of every pickle since protocol 2; torch writes no olde
 # What a pickle needs to get hold of an object or to call one; without these it is plain data.
 CODE_OPCODES = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
 CODE_OPCODES |= {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"}
+TRAINING, WEIGHTS, EXPERIMENT = "training", "weights.safetensors", "experiment.yaml"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def register(
     run_id: str,
     example_shape: tuple[int, int, int],
     reference: torch.nn.Module,
+    experiment: Experiment,
     model_card: str,
     preprocessing: Mapping[str, object],
     tags: Mapping[str, str],
@@ -76,15 +83,14 @@ def register(
 
     Args:
         model: the folded network, plain torch layers; on the CPU, in eval mode.
-        run_id: the run that trained it.
+        run_id, experiment: of its training.
         example_shape: (C, H, W) of a float32 input image.
         reference: the network as it was trained, on the CPU, in eval mode; `model` must give its
-            logits (N, classes).
+            logits (N, classes). Its state dict is kept too, for another training to begin with.
         model_card: markdown; the version's description and the file `model_card.md`.
         preprocessing: JSON values: how to turn an image into an input and an output into a class
             name; in `MLmodel` and in `preprocessing.json`.
-        tags: of the version.
-        alias: moved to the new version once that has been verified.
+        tags, alias: of the version; the alias is moved to it once it has been verified.
 
     Raises:
         PipelineError: store or `torch.export` refuse, the export holds pickled code or gives other
@@ -107,7 +113,7 @@ def register(
         folder = Path(scratch, "model")
         with _torch_errors(f"cannot export {name}"):
             _save(model, folder, logged, images, logits, preprocessing)
-        (folder / "model_card.md").write_text(model_card)
+        _save_companions(folder, model_card, reference, experiment)
         refuse_pickled_code(folder)
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
@@ -119,6 +125,81 @@ def register(
         undo.pop_all()
         size = (folder / "data" / "model.pt2").stat().st_size
     return RegisteredModel(name, int(version), f"models:/{name}@{alias}", size)
+
+
+@dataclass(frozen=True)
+class FetchedTraining:
+    """What another training can begin with.
+
+    Attributes:
+        version: of the registered model.
+        weights: safetensors, the trained network's state dict.
+        experiment: YAML of the experiment that trained it.
+    """
+
+    version: str
+    weights: Path
+    experiment: Path
+
+
+def fetch_training(uri: str, store: TrackingStore, folder: Path) -> FetchedTraining:
+    """Fetch the trained network's own tensors and the experiment of a registered version.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        folder: where the files go.
+
+    Raises:
+        PipelineError: no such name, alias or version, the store is away, or the version has been
+            registered without these files.
+    """
+    import mlflow.artifacts
+
+    parts = re.fullmatch(r"models:/([^@/']+)(?:@([^@/]+)|/(\d+))", uri)
+    if parts is None:
+        raise PipelineError(f"{uri!r} names no version; write models:/NAME@ALIAS or models:/NAME/3")
+    name = parts[1]
+    with store_errors(f"cannot fetch {uri} from {store.uri}"):
+        number = _find_version(store, name, parts[2] or parts[3], is_alias=parts[2] is not None)
+        source = store.client.get_model_version_download_uri(name, number)
+        listed = mlflow.artifacts.list_artifacts(
+            artifact_uri=f"{source}/{TRAINING}", tracking_uri=store.client.tracking_uri
+        )
+        if not {WEIGHTS, EXPERIMENT} <= {Path(file.path).name for file in listed}:
+            raise PipelineError(
+                f"version {number} of {name} was registered without the weights that another "
+                f"training could begin with ({TRAINING}/{WEIGHTS}); register it anew"
+            )
+        fetched = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{source}/{TRAINING}",
+            dst_path=str(folder),
+            tracking_uri=store.client.tracking_uri,
+        )
+    return FetchedTraining(number, Path(fetched, WEIGHTS), Path(fetched, EXPERIMENT))
+
+
+def _find_version(store: TrackingStore, name: str, wanted: str, *, is_alias: bool) -> str:
+    """The number of the version of `name` that an alias or a number means."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        registered = store.client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [model.name for model in store.client.search_registered_models()]
+        hint = nearest(name, names) if names else "; it has none"
+        raise PipelineError(f"{store.uri} has no registered model {name}{hint}") from None
+    if is_alias:
+        if wanted not in registered.aliases:
+            hint = nearest(wanted, registered.aliases) if registered.aliases else "; it has none"
+            raise PipelineError(f"registered model {name} has no alias {wanted}{hint}")
+        return str(registered.aliases[wanted])
+    numbers = [int(found.version) for found in store.client.search_model_versions(f"name='{name}'")]
+    if int(wanted) not in numbers:
+        listed = ", ".join(map(str, sorted(numbers)))
+        raise PipelineError(f"registered model {name} has no version {wanted}; it has {listed}")
+    return str(int(wanted))
 
 
 def _delete(delete: Callable[..., None], *what: str) -> None:
@@ -182,6 +263,23 @@ def _save(
     )
     _strip(folder / "data" / "model.pt2")
     (folder / "preprocessing.json").write_text(json.dumps(dict(preprocessing), indent=2))
+
+
+def _save_companions(
+    folder: Path, model_card: str, trained: torch.nn.Module, experiment: Experiment
+) -> None:
+    """Write the card and what `fetch_training` gives back, without where the training ran."""
+    (folder / "model_card.md").write_text(model_card)
+    (folder / TRAINING).mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+    save_file(tensors, folder / TRAINING / WEIGHTS)
+    elsewhere = {"root": None, "raw": None, "prepared": Data().prepared}
+    portable = {
+        "data": experiment.data.model_copy(update=elsewhere),
+        "scaling": Scaling(),
+        "tracking": Tracking(),
+    }
+    (folder / TRAINING / EXPERIMENT).write_text(experiment.model_copy(update=portable).to_yaml())
 
 
 def _strip(archive: Path) -> None:

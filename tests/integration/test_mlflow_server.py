@@ -19,12 +19,14 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pipeline.config import PipelineError
+from pipeline.config import Experiment, PipelineError, Tracking
 from pipeline.registry import register
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
+from pipeline.weight_sources import resolve
 
 
 class Server:
@@ -160,6 +162,7 @@ def test_a_model_registered_on_a_server_loads_from_it_elsewhere(
         run_id=tracker.run_id,
         example_shape=(3, 8, 8),
         reference=model,
+        experiment=Experiment(name="small_net", dataset="svhn", backbone="small"),
         model_card="# Small",
         preprocessing={"mean": [0.0]},
         tags={},
@@ -176,6 +179,10 @@ def test_a_model_registered_on_a_server_loads_from_it_elsewhere(
         check=False,
     )
     assert stranger.stdout == "[(1, 5), (2, 5), (7, 5)]\n", stranger.stderr
+    tracking = Tracking(uri=server.uri, runs=tmp_path / "runs")
+    beginner = Experiment(name="next", dataset="svhn", backbone="small", tracking=tracking)
+    weights = resolve("models:/small_net@candidate", beginner)
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in weights.read().items())
 
 
 def test_epochs_logged_while_the_server_is_dead_arrive_when_it_is_back(

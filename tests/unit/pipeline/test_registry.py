@@ -19,13 +19,24 @@ import torch
 from torch import nn
 
 import models
-from pipeline.config import PipelineError
+from pipeline.config import Data, Experiment, PipelineError, Recipe, Tracking
 from pipeline.registry import RegisteredModel, refuse_pickled_code, register
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
-from tests.unit.pipeline.stored import rows
+from pipeline.weight_sources import resolve
+from pipeline.weights import load_into
+from tests.unit.pipeline.stored import one_line, rows
 
 NAME = "digits_lenet5_ternary"
 MODEL_CARD = "# A ternary LeNet-5\n" + 600 * "0123456789"
+EXPERIMENT = Experiment(
+    name=NAME,
+    dataset="digits",
+    backbone="lenet5",
+    method="ternary",
+    train=Recipe(epochs=3, ema_decay=0.99),
+    data=Data(raw=Path(__file__), prepared=Path(__file__).parents[3] / "prepared"),
+    tracking=Tracking(runs=Path(__file__).parent, uri="http://user:secret@tracking.example"),
+)
 PREPROCESSING = {"mean": [0.5], "std": [0.25], "class_names": ["zero", "one"]}
 
 
@@ -67,6 +78,7 @@ def register_network(
         run_id=run_id,
         example_shape=(1, 32, 32),
         reference=reference,
+        experiment=EXPERIMENT,
         model_card=MODEL_CARD,
         preprocessing=PREPROCESSING,
         tags={"top1": "97.5"},
@@ -158,7 +170,7 @@ def test_nothing_in_the_artifact_is_a_pickle_that_names_a_type(registered: Regis
 
 def test_nothing_in_the_artifact_names_a_folder_of_this_machine(registered: Registered) -> None:
     runs = registered.artifact.parents[3]
-    folders = {str(Path(__file__).parents[3]), sys.prefix, str(runs), runs.as_uri()}
+    folders = {str(Path(__file__).parents[3]), sys.prefix, str(runs), runs.as_uri(), "secret"}
     for path in registered.artifact.rglob("*"):
         if path.is_file():
             for name, content in leaves(path.read_bytes(), path.name):
@@ -230,6 +242,78 @@ def test_the_result_says_where_the_model_is_and_how_large(registered: Registered
     assert registered.model == RegisteredModel(
         NAME, 1, f"models:/{NAME}@candidate", archive.stat().st_size
     )
+
+
+def beginner(runs: Path) -> Experiment:
+    """An experiment whose registry is that of the folder of runs."""
+    return Experiment(
+        name="next", dataset="digits", backbone="lenet5", tracking=Tracking(runs=runs)
+    )
+
+
+@pytest.mark.parametrize("source", [f"models:/{NAME}@candidate", f"models:/{NAME}/1"])
+def test_another_training_can_begin_with_the_latent_weights_of_a_version(
+    source: str, registered: Registered
+) -> None:
+    weights = resolve(source, beginner(registered.artifact.parents[3]))
+    network = trained_network(seed=8)
+    report = load_into(network, weights)
+    count = len(network.state_dict())
+    origin = source if source.endswith("/1") else f"{source} (version 1)"
+    assert report == f"init_from {origin}: {count} of {count} tensors"
+    latent = registered.trained.state_dict()
+    assert all(torch.equal(latent[name], tensor) for name, tensor in network.state_dict().items())
+    assert latent["conv1.weight"].unique().numel() > 3  # a ternary weight has three values
+    assert weights.experiment is not None
+    assert weights.experiment.train == EXPERIMENT.train
+
+
+@pytest.fixture
+def older(registered: Registered, tmp_path: Path) -> Iterator[str]:
+    """The number of a version without what another training begins with."""
+    (tmp_path / "MLmodel").write_bytes((registered.artifact / "MLmodel").read_bytes())
+    client = registered.store.client
+    version = client.create_model_version(NAME, tmp_path.as_uri(), registered.run_id)
+    client.set_registered_model_alias(NAME, "older", version.version)
+    yield str(version.version)
+    client.delete_model_version(NAME, version.version)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("models:/digits_lenet5_tenary@candidate", f"did you mean {NAME}?"),
+        (f"models:/{NAME}@candidat", "has no alias candidat; did you mean candidate?"),
+        (f"models:/{NAME}/17", "has no version 17; it has 1, "),
+        (f"models:/{NAME}/latest", "write models:/NAME@ALIAS or models:/NAME/3"),
+        (f"models:{NAME}", "write models:/NAME@ALIAS or models:/NAME/3"),
+        (f"models:/{NAME}@older", f"of {NAME} was registered without the weights"),
+    ],
+)
+def test_what_the_registry_does_not_have_is_one_line_with_the_nearest(
+    source: str, message: str, registered: Registered, older: str
+) -> None:
+    with pytest.raises(PipelineError) as error:
+        resolve(source, beginner(registered.artifact.parents[3]))
+    assert message in one_line(error)
+
+
+def test_an_empty_registry_says_that_it_is_empty(runs: Path) -> None:
+    with pytest.raises(PipelineError, match="has no registered model net; it has none") as error:
+        resolve("models:/net@champion", beginner(runs))
+    one_line(error)
+
+
+def test_weights_that_were_damaged_in_the_store_are_one_line(registered: Registered) -> None:
+    path = registered.artifact / "training" / "weights.safetensors"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(PipelineError, match=r"weights\.safetensors is damaged") as error:
+            resolve(f"models:/{NAME}@candidate", beginner(registered.artifact.parents[3]))
+        one_line(error)
+    finally:
+        path.write_bytes(content)
 
 
 class Classifier(nn.Module):

@@ -1,0 +1,248 @@
+"""Where weights come from that a training begins with (`init_from`), or those of its teacher.
+
+The driver finds them, once, and keeps their tensors in a file that all workers can read. Nothing
+that is read here can run code: of a pickle only tensors are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.checkpoint import CheckpointError, CheckpointStore, kept_epoch
+from pipeline.config import Experiment, PipelineError, nearest
+from pipeline.settings import build_experiment, load_yaml
+from pipeline.weights import Weights, classification_weights
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
+
+#: What DistributedDataParallel and torch.compile put before the names of a network's tensors.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+#: Under which training scripts keep a state dict beside other things.
+_STATE_KEYS = ("state_dict", "model")
+
+_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a source led to; the attributes are those of Weights."""
+
+    tensors: Mapping[str, Tensor]
+    origin: str
+    experiment: Experiment | None = None
+    torchvision: str | None = None
+
+
+def resolve(source: str, experiment: Experiment) -> Weights:
+    """Find the weights that `init_from` or `train.teacher` names, and keep them for the workers.
+
+    Args:
+        source: `ResNet18_Weights.IMAGENET1K_V1`, or another of torchvision's for classification,
+            downloaded unless torch's hub folder has it; `models:/NAME@ALIAS` or `models:/NAME/3`
+            of the registry; a run folder; or a file, .safetensors, .pt or .pth, that holds a state
+            dict, or a dict with one under `state_dict` or `model`.
+        experiment: says which registry, and the folder of all runs.
+
+    Raises:
+        PipelineError: there is no such thing, it cannot be read, or it is no state dict.
+    """
+    path = Path(source).expanduser()
+    try:
+        if source.startswith("models:"):
+            found = _from_registry(source, experiment)
+        elif path.is_dir():
+            found = _from_run(source, path)
+        elif path.is_file():
+            found = _Found(_read_file(path), source)
+        else:
+            found = _from_torchvision(source)
+    except OSError as error:
+        raise PipelineError(f"cannot read {source}: {error.strerror or error}") from None
+    tensors = _without_wrappers(found.tensors)
+    if not tensors:
+        raise PipelineError(f"{source} holds no tensors")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise PipelineError(f"{source} is of no use: not all values of {name} are finite")
+    file, digest = _keep(tensors, experiment.tracking.runs.absolute() / "weights")
+    return Weights(source, found.origin, file, digest, found.experiment, found.torchvision)
+
+
+def _from_torchvision(source: str) -> _Found:
+    known = classification_weights()
+    if source not in known:
+        if "/" in source or source.endswith(_SUFFIXES):
+            raise PipelineError(f"there is no file or run folder {source}")
+        networks = dict(known.values())  # each with its last entry, the default
+        hint = f"; did you mean {networks[source]}?" if source in networks else ""
+        raise PipelineError(
+            f"{source!r} is no file, no run folder, no models:/NAME@ALIAS, and none of "
+            f"torchvision's weights for classification{hint or nearest(source, known)}"
+        )
+    _, entry = known[source]
+    name = str(entry)
+    tensors = _read_pickle(_downloaded(entry))
+    origin = source if source == name else f"{source} ({name})"
+    return _Found(tensors, origin, torchvision=name)
+
+
+def _downloaded(entry: WeightsEnum) -> Path:
+    """The file of torchvision's weights in torch's hub folder, fetched if it is not there."""
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(entry.url).path).name)
+    if file.exists():
+        return file
+    digest = torch.hub.HASH_REGEX.search(file.name)  # the name has the first digits of its SHA-256
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            entry.url, str(file), digest.group(1) if digest else None, progress=False
+        )
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        raise PipelineError(
+            f"cannot download {entry.url}: {reason}; where there is no network, put that file at "
+            f"{file}"
+        ) from None
+    return file
+
+
+def _from_registry(source: str, experiment: Experiment) -> _Found:
+    from pipeline.registry import fetch_training
+    from pipeline.stores import open_tracking
+
+    store = open_tracking(experiment.tracking.uri, experiment.tracking.runs.absolute())
+    with tempfile.TemporaryDirectory(prefix="ternforge-") as scratch:
+        fetched = fetch_training(source, store, Path(scratch))
+        try:
+            tensors = _read_file(fetched.weights)
+            trained = load_yaml(fetched.experiment)
+        except PipelineError as error:
+            raise PipelineError(f"{source}: {error}") from None
+    origin = f"{source} (version {fetched.version})" if "@" in source else source
+    return _Found(tensors, origin, trained)
+
+
+def _from_run(source: str, folder: Path) -> _Found:
+    """The weights that a run has as its result so far."""
+    file = folder / "run.json"
+    try:
+        record = json.loads(file.read_text())
+        identity, values = record["identity"], record["experiment"]
+    except FileNotFoundError:
+        raise PipelineError(
+            f"{source} is no run folder: it has no run.json, as runs/EXPERIMENT/TIME-IDENTITY has"
+        ) from None
+    except (ValueError, TypeError, KeyError):
+        raise PipelineError(f"{file} is damaged or of another version") from None
+    try:
+        trained = build_experiment(values)
+    except PipelineError as error:
+        raise PipelineError(f"{file}: {error}") from None
+    skipped: list[str] = []
+    store = CheckpointStore(folder / "checkpoints", identity)
+    newest = store.newest(skipped.append)
+    if newest is None:
+        raise PipelineError("; ".join([f"{source} has no checkpoint that can be used", *skipped]))
+    epoch = kept_epoch(store.history(newest))
+    try:
+        tensors = load_file(store.network_file(epoch))
+    except CheckpointError as error:
+        raise PipelineError(str(error)) from None
+    note = "; ".join([f"epoch {epoch} of {trained.train.epochs}", *skipped])
+    return _Found(tensors, f"{source} ({note})", trained)
+
+
+def _read_file(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise PipelineError(f"{path} is damaged, or no safetensors file: {error}") from None
+    if path.suffix in _SUFFIXES:
+        return _read_pickle(path)
+    raise PipelineError(f"{path} is none of {', '.join(_SUFFIXES)}, which hold weights")
+
+
+def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a file of torch.save, without running what else may be in it."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # on pickle protocols
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise PipelineError(
+            f"{path} is damaged, or holds more than tensors, which is refused because reading it "
+            "could run code: save the network's state_dict() alone, best as .safetensors"
+        ) from None
+    except Exception as error:  # damaged bytes make torch.load raise almost any
+        raise PipelineError(
+            f"{path} is damaged, or no file of torch.save ({type(error).__name__})"
+        ) from None
+    for key in _STATE_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return _checked_state(content, path)
+
+
+def _checked_state(content: Any, path: Path) -> Mapping[str, Tensor]:
+    """What was unpickled, if it is names and plain tensors."""
+    if not isinstance(content, Mapping):
+        raise PipelineError(f"{path} holds no state dict but a {type(content).__name__}")
+    for name, value in content.items():
+        is_tensor = isinstance(name, str) and isinstance(value, Tensor)
+        if not is_tensor or value.is_quantized or value.layout != torch.strided:
+            raise PipelineError(
+                f"{path} holds no state dict: {name!r} is no plain tensor but "
+                f"{type(value).__name__}"
+            )
+    return content
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under the names that they have in the network itself."""
+    for wrapper in _WRAPPERS * 2:  # in either order
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
+
+
+def _keep(tensors: Mapping[str, Tensor], folder: Path) -> tuple[Path, str]:
+    """Write the tensors to a file that is named by its content; returns it and its SHA-256."""
+    # Each contiguous and on its own, for in a state dict they may share memory.
+    plain = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+            partial = Path(scratch, "weights.safetensors")
+            save_file(plain, partial)
+            with partial.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            # Also over a file that is there: should that be damaged, this mends it.
+            final = partial.replace(folder / f"{digest[:16]}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise PipelineError(
+            f"cannot keep weights in {folder}: {getattr(error, 'strerror', None) or error}; set "
+            "tracking.runs to a folder that you may write"
+        ) from None
+    return final, digest
