@@ -1,54 +1,112 @@
 """Write the result tables of the README from records; nothing in them is typed by hand.
 
-    python docs/write_results.py runs     # takes the newest finished run of each experiment there
+    python -m docs.write_results runs     # looks at all the runs there, of which it takes the best
 
-The records are kept in docs/results.json; run without arguments, the tables are made of them anew.
-How fast images are written and read is in docs/loading.json; tests/benchmarks/data_writing.py and
-data_loading.py write it.
+The records are kept in docs; without arguments, the tables are made of them anew:
+
+- results.json: finished runs of experiments as cataloged, by name;
+- curves.json: accuracy by epoch, also of shortened and unfinished runs; `docs/draw_curves.py` draws
+  pictures of it;
+- loading.json and training.json: how fast images are read and networks are trained, written by
+  tests/benchmarks/data_writing.py, data_loading.py, and training_throughput.py.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.experiments import catalog
 
-RECORDS = Path(__file__).with_name("results.json")
-README = Path(__file__).parents[1] / "README.md"
-LOADING = Path(__file__).with_name("loading.json")
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
+RECORDS, CURVES = DOCS / "results.json", DOCS / "curves.json"
+LOADING, TRAINING = DOCS / "loading.json", DOCS / "training.json"
+
+#: Settings of a recipe that say how it is computed, which a run is free to choose.
+_COMPUTED = {"precision", "compile", "accumulation"}
+
+#: Settings that are shortened together.
+_DURATIONS = {"epochs", "warmup_epochs", "milestones", "growth_epochs"}
+
+Record = dict[str, Any]
 
 
-def collect(runs: Path) -> dict[str, dict[str, Any]]:
-    """The newest finished run of each curated experiment below a folder of runs.
+def runs_below(folder: Path) -> Iterator[tuple[Path, Record]]:
+    """Folder and record of each run of one seed, the oldest of each experiment first."""
+    for path in sorted(folder.glob("*/*/run.json")):
+        run = json.loads(path.read_text())
+        if run["experiment"].get("seeds", 1) == 1:
+            yield path.parent, run
+
+
+def collect(runs: Path) -> dict[str, Record]:
+    """The result of the newest finished run of each curated experiment below a folder of runs.
 
     Left out are runs with other settings than the catalog's, and resumed ones, whose time is not
     that of the whole training.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(runs.glob("*/*/run.json")):
-        run = json.loads(path.read_text())
-        if run["status"] == "finished" and run["sessions"] == 1 and _is_curated(run["experiment"]):
-            found[run["experiment"]["name"]] = run["result"]
-    return found
+    return {
+        run["experiment"]["name"]: run["result"]
+        for _, run in runs_below(runs)
+        if run["status"] == "finished"
+        and run["sessions"] == 1
+        and _is_curated(run["experiment"], _COMPUTED)
+    }
 
 
-def _is_curated(experiment: dict[str, Any]) -> bool:
+def collect_curves(runs: Path) -> dict[str, Record]:
+    """Accuracy by epoch of the longest run of each curated experiment; of several, the newest's.
+
+    A run may be shorter than the catalog says, or not have finished.
+    """
+    curves: dict[str, Record] = {}
+    for folder, run in runs_below(runs):
+        name = run["experiment"]["name"]
+        history = _history(folder)
+        if not history or not _is_curated(run["experiment"], _COMPUTED | _DURATIONS):
+            continue
+        # Accuracy is watched on held-out images, where the recipe holds any out.
+        watched = "test" if "test_top1" in history[0] else "validation"
+        curve = [round(epoch[f"{watched}_top1"], 3) for epoch in history]
+        if len(curve) >= len(curves[name]["top1_by_epoch"] if name in curves else []):
+            finished = run["status"] == "finished"
+            curves[name] = {
+                "epochs": run["experiment"]["train"]["epochs"],
+                "precision": run["experiment"]["train"]["precision"],
+                "test_top1": run["result"]["top1"] if finished else None,
+                "watched": watched,
+                "top1_by_epoch": curve,
+            }
+    return curves
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    """Metrics of each epoch, from the newest checkpoint; empty without one."""
+    states = sorted(
+        run.glob("checkpoints/epoch-*/state.json"),
+        key=lambda path: int(path.parent.name.removeprefix("epoch-")),
+    )
+    return json.loads(states[-1].read_text())["history"] if states else []
+
+
+def _is_curated(experiment: Record, free: set[str]) -> bool:
+    """Whether an experiment is the catalog's but for these settings of its recipe."""
     curated = catalog().get(experiment["name"])
-    if curated is None:
+    if curated is None or experiment["data"]["synthetic"] is not None:
         return False
     expected = curated.model_dump(mode="json")
-    same = all(experiment[key] == expected[key] for key in ("dataset", "backbone", "method"))
-    return (
-        same
-        and experiment["train"] == expected["train"]
-        and experiment["data"]["synthetic"] is None
-    )
+    train = {key: value for key, value in expected["train"].items() if key not in free}
+    keys = ("dataset", "backbone", "method", "init_from")
+    return all(experiment[key] == expected[key] for key in keys) and train == {
+        key: value for key, value in experiment["train"].items() if key not in free
+    }
 
 
-def table(records: dict[str, dict[str, Any]]) -> str:
+def table(records: dict[str, Record]) -> str:
     """The records as a Markdown table, with the catalog's published figures beside them."""
     rows = [
         "| experiment | epochs | top-1 (%) | published (%) | parameters | stored bytes "
@@ -56,15 +114,50 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name, run in sorted(records.items()):
-        reference = catalog()[name].reference
-        published = f"{reference.top1:.2f}" if reference and reference.top1 else "-"
         ratio = run["float32_bytes"] / run["stored_bytes"]
+        precision = run.get("precision", "float32")
+        where = run["hardware"] + (f", {precision}" if precision != "float32" else "")
         rows.append(
-            f"| `{name}` | {run['epochs']} | {run['top1']:.2f} | {published} "
+            f"| `{name}` | {run['epochs']} | {run['top1']:.2f} | {_published(name)} "
             f"| {run['parameters']:,} | {run['stored_bytes']:,} | {ratio:.1f}x "
-            f"| {run['seconds']:.0f} | {run['hardware']} |"
+            f"| {run['seconds']:.0f} | {where} |"
         )
     return "\n".join(rows)
+
+
+def _published(name: str) -> str:
+    reference = catalog()[name].reference
+    return f"{reference.top1:.2f}" if reference and reference.top1 else "-"
+
+
+def published_table(curves: dict[str, Record]) -> str:
+    """Runs of experiments with a published figure beside it, each with the best of its epochs."""
+    rows = [
+        "| experiment | data set | epochs | top-1 (%) | best epoch (%) | published (%) "
+        "| which is |",
+        "|---|---|---|---:|---|---:|---|",
+    ]
+    for name, run in sorted(curves.items()):
+        curated = catalog()[name]
+        if curated.reference is None or curated.reference.top1 is None:
+            continue
+        curve = run["top1_by_epoch"]
+        best = max(curve)
+        held_out = ", held-out images" if run["watched"] == "validation" else ""
+        top1 = "-" if run["test_top1"] is None else f"{run['test_top1']:.2f}"
+        rows.append(
+            f"| `{name}` | {curated.dataset} | {_epochs(run, curated.train.epochs)} | {top1} "
+            f"| {best:.2f} at {1 + curve.index(best)}{held_out} | {curated.reference.top1:.2f} "
+            f"| {curated.reference.what}; {curated.reference.source} |"
+        )
+    return "\n".join(rows)
+
+
+def _epochs(run: Record, cataloged: int) -> str:
+    """Epochs done, of how many planned, where the paper took how many."""
+    done, planned = len(run["top1_by_epoch"]), run["epochs"]
+    text = f"{done}" if done == planned else f"{done} of {planned}"
+    return text if planned == cataloged else f"{text}, the paper's {cataloged} shortened"
 
 
 def loading_table(races: dict[str, dict[str, float]]) -> str:
@@ -86,6 +179,30 @@ def loading_table(races: dict[str, dict[str, float]]) -> str:
     return "\n".join(rows)
 
 
+def training_table(races: dict[str, Record]) -> str:
+    """Speed, memory and parts of the training of each network; then several workers."""
+    rows = [
+        "| on | network | method | images/s | of a bare loop | memory (GB) | data | forward "
+        "| backward | optimizer | report | other |",
+        "|---|---|---|" + 9 * "---:|",
+    ]
+    for title, race in races.items():
+        for run in race["networks"]:
+            parts = " | ".join(f"{100 * share:.1f} %" for share in run["parts"].values())
+            rows.append(
+                f"| {title} | `{run['network']}` | {run['method']} | {run['stack']:,.0f} "
+                f"| {run['stack'] / run['bare']:.3f} | {run['stack_bytes'] / 1e9:.1f} | {parts} |"
+            )
+            title = ""
+    rows += ["", "| on | workers | images/s | the first is |", "|---|---|---:|---:|"]
+    for title, race in races.items():
+        for name, speed in race["workers"].items():
+            first = next(iter(race["workers"].values()))
+            rows.append(f"| {title} | {name} | {speed:,.0f} | {first / speed:.2f}x |")
+            title = ""
+    return "\n".join(rows)
+
+
 def with_table(readme: str, mark: str, content: str) -> str:
     """The text with what stands between the two marks of that name replaced."""
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
@@ -95,16 +212,38 @@ def with_table(readme: str, mark: str, content: str) -> str:
 
 
 def with_tables(readme: str) -> str:
-    """The README with both tables made anew of the records."""
-    readme = with_table(readme, "results", table(json.loads(RECORDS.read_text())))
-    return with_table(readme, "loading", loading_table(json.loads(LOADING.read_text())))
+    """The README with its tables made anew of the records."""
+    tables = {
+        "results": table(_read(RECORDS)),
+        "published": published_table(_read(CURVES)),
+        "loading": loading_table(_read(LOADING)),
+        "training": training_table(_read(TRAINING)),
+    }
+    for mark, content in tables.items():
+        readme = with_table(readme, mark, content)
+    return readme
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def curves_as_json(curves: dict[str, Record]) -> str:
+    """A line for each run: its curve has hundreds of figures."""
+    lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(curves.items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main(arguments: list[str]) -> None:
-    records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    records, curves = _read(RECORDS), _read(CURVES)
     for folder in arguments:
         records |= collect(Path(folder))
+        for name, run in collect_curves(Path(folder)).items():
+            known = curves.get(name, {"top1_by_epoch": []})
+            if len(run["top1_by_epoch"]) >= len(known["top1_by_epoch"]):
+                curves[name] = run
     RECORDS.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+    CURVES.write_text(curves_as_json(curves))
     README.write_text(with_tables(README.read_text()))
 
 
