@@ -183,7 +183,7 @@ def test_fifty_abandoned_epochs_leave_no_thread_no_open_file_and_no_memory(
     started = time.monotonic()
     abandon(range(8, 58))
     assert threading.active_count() == active
-    assert process.num_fds() == files
+    assert process.num_fds() <= files
     # One batch of these images takes 12 MB.
     assert process.memory_info().rss - memory < 40e6
     assert time.monotonic() - started < 60
