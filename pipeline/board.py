@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 from typing import Any
 
-#: An event is plain data with a ``kind``: ``phase``, ``note``, ``resumed``, ``step``, ``epoch``,
-#: ``evaluation`` from rank 0; ``restart`` from the controller; ``failed`` from any worker.
+#: An event is plain data with a ``kind``: ``workers`` (who trains from now on), ``phase``,
+#: ``note``, ``resumed``, ``step``, ``epoch``, ``evaluation`` from rank 0; ``restart`` from the
+#: controller; ``failed`` from any worker.
 Event = dict[str, Any]
 
 

@@ -16,11 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+if TYPE_CHECKING:
+    from data_prep import Manifest
+    from pipeline.config import Experiment
+    from pipeline.weights import Sources
 
 _MANIFEST = "manifest.json"
 _MODEL = "model.safetensors"
@@ -50,6 +55,24 @@ def kept_epoch(history: Sequence[Mapping[str, float]]) -> int:
     accuracies = [metrics.get("validation_top1") for metrics in history]
     held_out = [accuracy for accuracy in accuracies if accuracy is not None]
     return 1 + accuracies.index(max(held_out)) if held_out else len(history)
+
+
+def run_identity(experiment: Experiment, manifest: Manifest, sources: Sources) -> str:
+    """Hash of the experiment, the images, their normalization, and the weights from elsewhere."""
+    given = [manifest.fingerprint, manifest.mean, manifest.std]
+    given += [weights.digest for weights in (sources.initial, sources.teacher) if weights]
+    return experiment.identity(" ".join(map(str, given)))
+
+
+def run_checkpoints(
+    experiment: Experiment, manifest: Manifest, sources: Sources, folder: Path
+) -> CheckpointStore:
+    """The checkpoints of the run in this folder."""
+    return CheckpointStore(
+        folder / "checkpoints",
+        run_identity(experiment, manifest, sources),
+        experiment.tracking.keep_checkpoints,
+    )
 
 
 @dataclass

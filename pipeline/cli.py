@@ -187,7 +187,7 @@ def _prepare(options: argparse.Namespace) -> None:
         raise PipelineError(f"{idle[0]} has no effect on --prepare; its settings begin with data.")
     from pipeline.contact_sheet import write_contact_sheet
     from pipeline.display import Display
-    from pipeline.stages import find_data, prepare
+    from pipeline.materials import find_data, prepare
 
     with Display(console()) as display:
         for line in without_effect(experiment, options.settings):
@@ -204,26 +204,36 @@ def _prepare(options: argparse.Namespace) -> None:
 def smoke(experiment: Experiment) -> Experiment:
     """The experiment's smoke form: its own network and recipe, two steps on made-up images.
 
-    It runs in this process and keeps its runs and registered models in a store of their own.
+    What does not fit into two steps is left out. It runs in this process and keeps its runs and
+    registered models in a store of their own.
     """
+    recipe = experiment.train
+    held_out = 8 if recipe.validation else 0
+    settings = {
+        "seeds": 1,
+        "init_from": "none",
+        "train.teacher": "none",
+        "train.epochs": 1,
+        "train.batch_size": 8,
+        "train.accumulation": min(recipe.accumulation, 2),
+        "train.validation": held_out,
+        "train.warmup_epochs": 0,
+        "train.growth_epochs": "[0,1]" if recipe.first_image_size else "[0,0]",
+        "train.sync_batchnorm": "false",
+        "train.compile": "none",
+        "data.synthetic": f"[{16 + held_out},16]",
+        "scaling.launcher": "local",
+    }
     runs = experiment.tracking.runs / "smoke"
-    return override(
-        experiment,
-        [
-            "train.epochs=1",
-            "train.batch_size=8",
-            "train.warmup_epochs=0",
-            "data.synthetic=[16,16]",
-            "scaling.launcher=local",
-            f"tracking.runs={runs}",
-            f"tracking.uri=sqlite:///{runs.absolute() / 'mlflow.db'}",
-        ],
-    )
+    settings["tracking.runs"] = runs
+    settings["tracking.uri"] = f"sqlite:///{runs.absolute() / 'mlflow.db'}"
+    return override(experiment, [f"{key}={value}" for key, value in settings.items()])
 
 
 def _run(experiment: Experiment, options: argparse.Namespace) -> None:
     from pipeline.display import Display
-    from pipeline.report import next_commands, summary
+    from pipeline.report import next_commands, seeds_summary, summary
+    from pipeline.seeds import run_seeds
     from pipeline.stages import run
 
     display = Display(console())
@@ -231,8 +241,14 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> None:
         display.note(line)
     if not experiment.tuned:
         display.note(f"{experiment.name} is untuned: no curated recipe, the default one is used")
-    result = run(experiment, resume=options.resume, display=display)
-    display.console.print(summary(result))
-    for label, command in next_commands(result):
+    if experiment.seeds > 1:
+        results = run_seeds(experiment, resume=options.resume, display=display)
+        table, uri, model = seeds_summary(results), results.tracking_uri, results.model
+    else:
+        result = run(experiment, resume=options.resume, display=display)
+        table, uri = summary(result), result.tracking_uri
+        model = result.model.uri if result.model is not None else None
+    display.console.print(table)
+    for label, command in next_commands(uri, model):
         # Whole and literal, so that it can be copied from a narrow terminal too.
         display.console.print(f"{label:<8}{command}", markup=False, soft_wrap=True)

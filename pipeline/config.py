@@ -6,56 +6,39 @@ shipped through Ray and logged by MLflow. No torch, Ray, FFCV or MLflow is impor
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from data_prep.datasets import NORMALIZATIONS
+from pipeline.sections import Folder, PipelineError, Section, flatten, nearest
 
-
-class PipelineError(Exception):
-    """A failure that the user can mend: one line that says what, where, and what would be right.
-
-    Attributes:
-        exit_code: of the process: 2 for bad input, 1 for a run that failed.
-        run: name of the run that can be continued; None where there is none.
-    """
-
-    exit_code = 2
-    run: str | None = None
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint, ``; did you mean X?``, or all the choices where none is near."""
-    options = list(choices)
-    found = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
-    if found:
-        return f"; did you mean {' or '.join(found)}?"
-    return f"; valid are {', '.join(options)}" if len(options) <= 30 else ""
-
-
-#: A folder of the user's; ``~`` is the home folder, as in a shell.
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+__all__ = [
+    "Data",
+    "Experiment",
+    "Folder",
+    "PipelineError",
+    "Recipe",
+    "Reference",
+    "Scaling",
+    "Section",
+    "Tracking",
+    "flatten",
+    "nearest",
+]
 
 
 def _workers(value: Any) -> Any:
@@ -70,20 +53,6 @@ def _workers(value: Any) -> Any:
 
 #: Number of workers: fixed, a range that Ray chooses from, or by the machine.
 Workers = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt] | None, BeforeValidator(_workers)]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, true is not taken for 1."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
-        if isinstance(value, bool) and not is_switch:
-            raise PydanticCustomError("boolean", "must be a value, not true or false")
-        return value
 
 
 class Recipe(Section):
@@ -237,8 +206,8 @@ class Recipe(Section):
         begin, end = self.growth_epochs
         if self.first_image_size is not None and not begin < end <= self.epochs:
             raise ValueError(
-                f"train.growth_epochs={[begin, end]} must rise and end by "
-                f"train.epochs={self.epochs}"
+                f"train.growth_epochs={[begin, end]} must rise and end by train.epochs="
+                f"{self.epochs}, for example [{0.7 * self.epochs:g},{0.85 * self.epochs:g}]"
             )
         return self
 
@@ -316,7 +285,6 @@ class Scaling(Section):
         300.0, ge=1, le=86_400, description="seconds until a silent worker is an error"
     )
 
-
     @model_validator(mode="after")
     def _rising_range(self) -> Scaling:
         if isinstance(self.workers, tuple) and self.workers[0] >= self.workers[1]:
@@ -374,7 +342,7 @@ class Experiment(Section):
     def identity(self, data: str) -> str:
         """Hash of what is trained, on what and how, as 12 hex digits.
 
-        ``data`` stands for the images as the network sees them, see ``launch.run_identity``.
+        ``data`` stands for the images as the network sees them, see ``checkpoint.run_identity``.
         Where a run is computed and logged (scaling, tracking, folders) is left out: the same
         identity means that a checkpoint of one run can be continued by the other.
         """
@@ -387,14 +355,3 @@ class Experiment(Section):
     def to_yaml(self) -> str:
         """The resolved experiment as YAML that ``--config`` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to dotted keys: ``{"a": {"b": 1}}`` gives ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -5,8 +5,10 @@ The loop is the same in this process and under Ray; only the context differs.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,28 +26,60 @@ if TYPE_CHECKING:
 _FLUSH_SECONDS = 30
 
 
+def hardware(gpus: Iterable[str | None], machines: int = 1) -> str:
+    """What a group of workers computes on, in words.
+
+    Args:
+        gpus: name of each worker's GPU; None for a worker on the CPU.
+        machines: that the workers are on.
+    """
+    counts = Counter(gpus)
+    where = f" on {machines} machines" if machines > 1 else ""
+    if None in counts:
+        count = counts.total()
+        return f"{count} CPU worker{'s' if count > 1 else ''}{where}, gloo"
+    return " + ".join(f"{count} x {name}" for name, count in counts.items()) + f"{where}, nccl"
+
+
 class TrainContext:
     """One process on one device: the local form, and the base of the others.
 
     Args:
         tell: receives the events of the training, for the display and the tracker.
+        device: to train on; by default the first GPU, or the CPU without one.
     """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, tell: Callable[[Event], None]) -> None:
+    def __init__(self, tell: Callable[[Event], None], device: torch.device | None = None) -> None:
         self._tell = tell
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        first = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = device or first
 
     def event(self, kind: str, **content: Any) -> None:
         """Tell the driver something; only rank 0 speaks."""
         if self.rank == 0:
             self._tell({"kind": kind, "time": time.time(), **content})
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training: with gradients averaged over the ranks."""
+    def describe_workers(self) -> dict[str, Any]:
+        """How many workers train, on how many machines, and their hardware in words."""
+        return _description([("", self._gpu_name())])
+
+    def _gpu_name(self) -> str | None:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
+    def wrap(self, model: nn.Module, *, sync_batchnorm: bool = False) -> nn.Module:
+        """The model as it is called in training: with gradients averaged over the ranks.
+
+        Args:
+            sync_batchnorm: whether batch norm sees the batches of all ranks; needs GPUs.
+        """
         return model
+
+    def no_sync(self, replica: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within it, gradients of a wrapped model add up on this rank alone."""
+        return contextlib.nullcontext()
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> None:
         """Sum the tensor over all ranks, in place."""
@@ -62,24 +96,73 @@ class TrainContext:
         return number
 
 
-class RayTrainContext(TrainContext):
-    """A worker of a Ray Train group: one rank of a torch process group.
+class ProcessGroupContext(TrainContext):
+    """One rank of the torch process group that this process has joined.
+
+    Args:
+        tell: receives the events of rank 0.
+        device: of this rank.
+        machine: any name that ranks on the same machine have in common.
+    """
+
+    def __init__(
+        self, tell: Callable[[Event], None], device: torch.device, machine: str = ""
+    ) -> None:
+        super().__init__(tell, device)
+        self._machine = machine
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def describe_workers(self) -> dict[str, Any]:
+        places: list[Any] = [None] * self.world_size
+        dist.all_gather_object(places, (self._machine, self._gpu_name()))
+        return _description(places)
+
+    def wrap(self, model: nn.Module, *, sync_batchnorm: bool = False) -> nn.Module:
+        if sync_batchnorm and self.world_size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Batch norm statistics are averaged once per epoch instead of broadcast in every step.
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def no_sync(self, replica: nn.Module) -> contextlib.AbstractContextManager[None]:
+        assert isinstance(replica, DistributedDataParallel)
+        return replica.no_sync()
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor)
+
+    def minimum_over_ranks(self, tensor: torch.Tensor) -> int:
+        smallest = tensor.clone()
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def agree(self, number: int) -> int:
+        shared = torch.tensor([number], dtype=torch.int64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
+
+class RayTrainContext(ProcessGroupContext):
+    """A worker of a Ray Train group, which is a rank of its process group.
 
     Args:
         board: actor that carries events to the driver.
     """
 
     def __init__(self, board: ActorHandle) -> None:
+        import ray
         import ray.train
         import ray.train.torch
 
-        super().__init__(tell=self._post)
+        machine = ray.get_runtime_context().get_node_id()
+        super().__init__(self._post, ray.train.torch.get_device(), machine)
         self._board = board
         self._last_post: ObjectRef | None = None
-        worker = ray.train.get_context()
-        self.rank = worker.get_world_rank()
-        self.world_size = worker.get_world_size()
-        self.device = ray.train.torch.get_device()
         self._ray_report = ray.train.report
 
     def _post(self, event: Event) -> None:
@@ -97,27 +180,14 @@ class RayTrainContext(TrainContext):
         if self._last_post is not None:
             ray.get(self._last_post, timeout=_FLUSH_SECONDS)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        # Batch norm statistics are averaged once per epoch instead of broadcast in every step.
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-
-    def sum_over_ranks(self, tensor: torch.Tensor) -> None:
-        dist.all_reduce(tensor)
-
-    def minimum_over_ranks(self, tensor: torch.Tensor) -> int:
-        smallest = tensor.clone()
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        return int(smallest)
-
     def report(self, metrics: dict[str, float]) -> None:
         self._ray_report(metrics)
 
-    def agree(self, number: int) -> int:
-        shared = torch.tensor([number], dtype=torch.int64, device=self.device)
-        dist.broadcast(shared, src=0)
-        return int(shared)
+
+def _description(places: list[tuple[str, str | None]]) -> dict[str, Any]:
+    """Of workers that are each on a machine and a GPU, or None."""
+    from pipeline.placement import hardware
+
+    machines = len({machine for machine, _ in places})
+    words = hardware([gpu for _, gpu in places], machines)
+    return {"workers": len(places), "machines": machines, "hardware": words}

@@ -107,12 +107,17 @@ class Display:
 
 
 class TrainingDisplay:
-    """Turns the events of a training into the display's bar and lines."""
+    """Turns the events of a training into the display's bar and lines.
 
-    def __init__(self, display: Display, epochs: int) -> None:
+    Args:
+        hardware: that the user has been told of.
+    """
+
+    def __init__(self, display: Display, epochs: int, hardware: str = "") -> None:
         self.display = display
         self.epochs = epochs
-        self._test_top1: float | None = None
+        self._hardware = hardware
+        self._accuracy = ""
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"_on_{event['kind']}", None)
@@ -124,6 +129,11 @@ class TrainingDisplay:
 
     def _on_note(self, event: dict[str, Any]) -> None:
         self.display.note(event["text"])
+
+    def _on_workers(self, event: dict[str, Any]) -> None:
+        if event["hardware"] != self._hardware:
+            self._hardware = event["hardware"]
+            self.display.stage("train", f"on {self._hardware}")
 
     def _on_resumed(self, event: dict[str, Any]) -> None:
         self.display.stage("train", f"continuing after epoch {event['epoch']} of {self.epochs}")
@@ -138,15 +148,15 @@ class TrainingDisplay:
 
     def _on_epoch(self, event: dict[str, Any]) -> None:
         metrics = event["metrics"]
-        self._test_top1 = metrics["test_top1"]
+        # A recipe that holds images out is judged by them, epoch by epoch.
+        watched = "validation" if "validation_top1" in metrics else "test"
+        self._accuracy = f"  {watched} {metrics[f'{watched}_top1']:.2f}%"
         self._show(event["epoch"] - 1, event["step"], event["steps"], metrics)
 
     def _show(self, epoch: int, done: int, total: int, figures: dict[str, Any]) -> None:
         text = (
             f"epoch {epoch + 1}/{self.epochs}  loss {figures['train_loss']:.3f}  "
-            f"train {figures['train_top1']:.1f}%"
+            f"train {figures['train_top1']:.1f}%{self._accuracy}"
+            f"  {figures['images_per_second']:,.0f} img/s"
         )
-        if self._test_top1 is not None:
-            text += f"  test {self._test_top1:.2f}%"
-        text += f"  {figures['images_per_second']:,.0f} img/s"
         self.display.progress("train", done, total, text)

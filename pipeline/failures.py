@@ -55,9 +55,12 @@ def first_line(error: BaseException) -> str:
 
 def as_event(error: BaseException) -> Event:
     """An error as plain data: a line, and the trace where the line does not say it all."""
-    if isinstance(error, _EXPLAINED_ERRORS):
-        return {"text": first_line(error), "trace": None}
-    return {"text": cause(error), "trace": "".join(traceback.format_exception(error))}
+    is_explained = isinstance(error, _EXPLAINED_ERRORS)
+    text = first_line(error) if is_explained else cause(error)
+    # A line made of a system error says it all, one made of another error hides where that was.
+    if is_explained and isinstance(error.__cause__, (OSError, type(None))):
+        return {"text": text, "trace": None}
+    return {"text": text, "trace": "".join(traceback.format_exception(error))}
 
 
 def training_error(description: Event, folder: Path) -> TrainingError:

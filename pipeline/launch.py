@@ -6,17 +6,18 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from data_prep import DataError
 from pipeline import inputs
 from pipeline.board import Event, EventBoard
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoint import run_checkpoints
 from pipeline.config import Experiment, PipelineError
 from pipeline.context import RayTrainContext, TrainContext
 from pipeline.failures import (
@@ -29,6 +30,16 @@ from pipeline.failures import (
     training_error,
 )
 from pipeline.loop import train
+from pipeline.placement import (
+    Cluster,
+    Machine,
+    WorkerGroup,
+    check_address,
+    check_shares,
+    plan,
+    this_machine,
+)
+from pipeline.weights import NO_SOURCES, Sources
 
 if TYPE_CHECKING:
     from data_prep import Dataset, Manifest
@@ -36,6 +47,16 @@ if TYPE_CHECKING:
 #: Seconds between two looks at the workers. Ray's own default of 2 s is paid by every epoch,
 #: because a report waits for the next look.
 _POLL_INTERVAL = "0.2"
+
+#: Seconds between two thoughts of adding or giving back workers, where their number may change.
+_RESIZE_INTERVAL = 60.0
+
+#: Seconds that Ray waits for room before it counts the machines again. With its own default of
+#: 60 s an elastic training waits a minute for a machine that it has just lost.
+_PLACEMENT_PATIENCE = "20"
+
+#: What Ray puts before the name of a GPU type, to count it like a resource.
+_TYPE = "accelerator_type:"
 
 #: Seconds that the driver waits for an event before it looks whether the training has ended.
 _PATIENCE = 0.5
@@ -51,95 +72,86 @@ _WORKER_ENVIRONMENT = {
 }
 
 _ENVIRONMENT = {
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed|Raylet is terminated",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _POLL_INTERVAL,
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _PLACEMENT_PATIENCE,
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
-def device_description(workers: int) -> str:
-    """Where ``workers`` processes run, for a line of output."""
-    import torch
+def planned_workers(experiment: Experiment) -> WorkerGroup:
+    """The workers that the run will ask for, on this machine or on the cluster.
 
-    if torch.cuda.is_available():
-        return f"{workers} x {torch.cuda.get_device_name()}, nccl"
-    return f"{workers} CPU worker{'s' if workers > 1 else ''}, gloo"
-
-
-def worker_count(experiment: Experiment) -> int:
-    """Workers of the run: as set, or one per GPU of this machine, or two without a GPU."""
-    import torch
-
-    if experiment.scaling.launcher == "local":
-        return 1
-    return experiment.scaling.workers or torch.cuda.device_count() or 2
+    Raises:
+        PipelineError: when this machine, or the cluster, cannot give them.
+    """
+    scaling = experiment.scaling
+    if scaling.launcher == "local":
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return WorkerGroup(1, 1, gpu, torch.get_num_threads())
+    if not on_cluster(experiment):
+        return plan(scaling, this_machine())
+    check_address(os.environ["RAY_ADDRESS"])
+    with _ray_session() as ray:
+        return plan(scaling, _cluster(ray))
 
 
 def check_scaling(experiment: Experiment) -> None:
-    """Refuse workers that this machine does not have, or that cannot share the global batch."""
-    import torch
-
-    workers, batch = worker_count(experiment), experiment.train.batch_size
-    gpus = torch.cuda.device_count()
-    if experiment.scaling.launcher == "ray":
-        _check_address()
-    if gpus and workers > gpus and "RAY_ADDRESS" not in os.environ:
-        raise PipelineError(
-            f"scaling.workers={workers} is more than the {gpus} GPUs of this machine; "
-            "set RAY_ADDRESS to train on a cluster"
-        )
-    if batch % workers:
-        raise PipelineError(
-            f"train.batch_size={batch} cannot be shared by {workers} workers; "
-            f"take a multiple of {workers}"
-        )
-    if batch // workers < 2:
-        raise PipelineError(
-            f"train.batch_size={batch} leaves {workers} workers one image each, too few for "
-            f"batch norm; take at least {2 * workers}"
-        )
+    """Refuse workers that are not to be had, or that cannot share the global batch."""
+    check_shares(experiment.train, planned_workers(experiment))
 
 
-def _check_address() -> None:
-    """Refuse a Ray address that does not answer; Ray itself would try for minutes."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError) as error:
-        raise PipelineError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); "
-            "correct it, or unset it to start Ray on this machine"
-        ) from None
+def _cluster(ray: Any) -> Cluster:
+    """The machines of the Ray session, as Ray counts them."""
+    from ray._private.state import state
+
+    machines = []
+    for node in ray.nodes():
+        given = node["Resources"]
+        cores, gpus = int(given.get("CPU", 0)), int(given.get("GPU", 0))
+        names = sorted(key.removeprefix(_TYPE) for key in given if key.startswith(_TYPE))
+        if node["Alive"] and (cores or gpus):
+            types, name = frozenset(names), " ".join(names) or "GPU"
+            machines.append(Machine(cores, gpus, types, name if gpus else ""))
+    address = os.environ.get("RAY_ADDRESS")
+    return Cluster(
+        tuple(machines),
+        name=f"the Ray cluster at {address}" if address else "this machine",
+        is_local=not address,
+        # Ray has no public word for it, and its trainer asks the same.
+        grows=state.get_max_resources_from_cluster_config() is not None,
+    )
 
 
 def train_locally(
-    experiment: Experiment, manifest: Manifest, folder: Path, tell: Callable[[Event], None]
+    experiment: Experiment,
+    manifest: Manifest,
+    folder: Path,
+    tell: Callable[[Event], None],
+    sources: Sources = NO_SOURCES,
 ) -> None:
     """Train in this process, on one device, without Ray.
+
+    Args:
+        sources: weights from elsewhere that the experiment names.
 
     Raises:
         TrainingError: when training failed.
     """
     try:
-        store = checkpoint_store(experiment, manifest, folder)
-        train(experiment, manifest, store, TrainContext(tell))
+        context = TrainContext(tell)
+        context.event("workers", **context.describe_workers())
+        store = run_checkpoints(experiment, manifest, sources, folder)
+        train(experiment, manifest, store, context, sources)
     except Exception as error:
         raise training_error(as_event(error), folder) from None
 
 
-def run_identity(experiment: Experiment, manifest: Manifest) -> str:
-    """Hash of the experiment, the images and their normalization."""
-    return experiment.identity(f"{manifest.fingerprint} {manifest.mean} {manifest.std}")
-
-
 def on_cluster(experiment: Experiment) -> bool:
     """Whether the run joins a Ray cluster, which may have more machines than this one."""
-    return experiment.scaling.launcher == "ray" and "RAY_ADDRESS" in os.environ
+    return experiment.scaling.launcher == "ray" and bool(os.environ.get("RAY_ADDRESS"))
 
 
 def prepare_on_nodes(
@@ -152,10 +164,10 @@ def prepare_on_nodes(
         TrainingError: when a machine is lost meanwhile.
     """
     experiment = inputs.with_absolute_folders(experiment)
-    with _ray_session(1) as ray:
+    with _ray_session() as ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        board = ray.remote(num_cpus=0)(EventBoard).remote()
+        board = _event_board(ray)
         nodes = [
             node["NodeID"]
             for node in ray.nodes()
@@ -209,22 +221,20 @@ def _prepared(ray: Any, reference: Any) -> Manifest:
         raise TrainingError(f"a machine was lost during preparation: {first_line(error)}") from None
 
 
-def checkpoint_store(experiment: Experiment, manifest: Manifest, folder: Path) -> CheckpointStore:
-    """The checkpoints of the run in this folder."""
-    return CheckpointStore(
-        folder / "checkpoints",
-        run_identity(experiment, manifest),
-        experiment.tracking.keep_checkpoints,
-    )
-
-
 def _train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    # Otherwise one thread, which is what Ray makes of a reserved core.
+    torch.set_num_threads(config["threads"])
     context = RayTrainContext(config["board"])
-    experiment, manifest = config["experiment"], config["manifest"]
+    experiment, manifest, sources = (config[key] for key in ("experiment", "manifest", "sources"))
     try:
-        store = checkpoint_store(experiment, manifest, config["folder"])
-        train(experiment, manifest, store, context)
+        workers = context.describe_workers()
+        context.event("workers", **workers)
+        if experiment.scaling.nodes not in (None, workers["machines"]):
+            text = f"Ray put the workers on {workers['machines']} machines, not as many as asked"
+            context.event("note", text=text)
+        store = run_checkpoints(experiment, manifest, sources, config["folder"])
+        train(experiment, manifest, store, context, sources)
     except Exception as error:
         # A restart helps against a lost worker; an error of the program it would only repeat.
         if not is_lost_worker(error):
@@ -234,7 +244,11 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def train_on_ray(
-    experiment: Experiment, manifest: Manifest, folder: Path, tell: Callable[[Event], None]
+    experiment: Experiment,
+    manifest: Manifest,
+    folder: Path,
+    tell: Callable[[Event], None],
+    sources: Sources = NO_SOURCES,
 ) -> None:
     """Train as a Ray Train worker group; a lost worker restarts it from the last checkpoint.
 
@@ -244,16 +258,25 @@ def train_on_ray(
     Raises:
         TrainingError: when training failed for good; the full trace is in ``folder/error.txt``.
     """
-    workers = worker_count(experiment)
-    with _ray_session(workers) as ray:
-        cores = ray.cluster_resources().get("CPU", 0)
-        if cores < workers:
+    planned = planned_workers(experiment)
+    with _ray_session(planned.least * planned.reserved_cores) as ray:
+        group = plan(experiment.scaling, _cluster(ray))
+        if group.room < group.least:
             text = (
-                f"the cluster has {cores:g} CPUs for {workers} workers; waiting until it has more"
+                f"the cluster has room for {group.room} of {group.least} workers; "
+                "waiting until it has more"
             )
             tell({"kind": "note", "text": text})
-        board = ray.remote(num_cpus=0)(EventBoard).remote()
-        trainer = _trainer(experiment, manifest, folder, board, workers)
+        board = _event_board(ray)
+        config = {
+            "experiment": experiment,
+            "manifest": manifest,
+            "sources": sources,
+            "folder": folder,
+            "board": board,
+            "threads": group.threads,
+        }
+        trainer = _trainer(config, group)
         outcome: list[BaseException | None] = []
 
         def fit() -> None:
@@ -280,10 +303,16 @@ def train_on_ray(
         raise ray_failure(outcome[0], folder)
 
 
-def _trainer(
-    experiment: Experiment, manifest: Manifest, folder: Path, board: Any, workers: int
-) -> Any:
-    import torch
+def _event_board(ray: Any) -> Any:
+    """A board on this machine, so that it is not lost with another one."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(EventBoard).options(scheduling_strategy=here).remote()
+
+
+def _trainer(config: dict[str, Any], group: WorkerGroup) -> Any:
+    """Ray's trainer of this group; ``config`` is what each worker gets."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -298,47 +327,50 @@ def _trainer(
             if self._restarts_left < 0:
                 return
             causes = {cause(error) for error in worker_exceptions.values()}
-            board.post.remote({"kind": "restart", "text": "; ".join(sorted(causes))})
+            config["board"].post.remote({"kind": "restart", "text": "; ".join(sorted(causes))})
 
-    gpu = torch.cuda.is_available()
-    # As a mapping, because the annotations are those of the RunConfig of Ray's first version.
+    scaling, on_gpus = config["experiment"].scaling, group.gpu_name is not None
+    # As mappings, because the annotations are those of the first version of Ray Train.
+    scaling_options: dict[str, Any] = {
+        "num_workers": group.most if group.least == group.most else (group.least, group.most),
+        "elastic_resize_monitor_interval_s": _RESIZE_INTERVAL,
+        "use_gpu": on_gpus,
+        "resources_per_worker": {"CPU": group.reserved_cores} | ({"GPU": 1} if on_gpus else {}),
+        "placement_strategy": group.strategy,
+        "accelerator_type": scaling.gpu,
+    }
     run_options: dict[str, Any] = {
         "name": "ray",
-        "storage_path": str(folder),
-        "failure_config": FailureConfig(max_failures=experiment.scaling.max_failures),
-        "callbacks": [TellFailures(experiment.scaling.max_failures)],
+        "storage_path": str(config["folder"]),
+        "failure_config": FailureConfig(max_failures=scaling.max_failures),
+        "callbacks": [TellFailures(scaling.max_failures)],
         "worker_runtime_env": {"env_vars": _WORKER_ENVIRONMENT},
     }
     return TorchTrainer(
         _train_worker,
-        train_loop_config={
-            "experiment": experiment,
-            "manifest": manifest,
-            "folder": folder,
-            "board": board,
-        },
+        train_loop_config=config,
         torch_config=TorchConfig(
-            backend="nccl" if gpu else "gloo", timeout_s=int(experiment.scaling.timeout)
+            backend="nccl" if on_gpus else "gloo", timeout_s=int(scaling.timeout)
         ),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
-        ),
+        scaling_config=ScalingConfig(**scaling_options),
         run_config=RunConfig(**run_options),
     )
 
 
 @contextlib.contextmanager
-def _ray_session(workers: int) -> Iterator[Any]:
-    """A Ray session, quiet; a cluster named by RAY_ADDRESS is joined, otherwise one is started."""
+def _ray_session(cores: int = 1) -> Iterator[Any]:
+    """A Ray session, quiet; a cluster named by RAY_ADDRESS is joined, otherwise one is started.
+
+    Args:
+        cores: that Ray shall see on this machine at least, whether it has them or not.
+    """
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not address:
-        cores = max(os.cpu_count() or 1, workers)
+        cores = max(os.cpu_count() or 1, cores)
         options |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:

@@ -55,7 +55,7 @@ def build_model(experiment: Experiment, inputs: Inputs) -> nn.Module:
         in_channels=inputs.channels,
         image_size=data.image_size(experiment.train, inputs),
         seed=experiment.seed,
-        **({"blurpool": True} if experiment.train.blurpool else {}),
+        blurpool=experiment.train.blurpool,
     )
 
 
@@ -109,7 +109,7 @@ class _Training:
         if sources is not None and sources.initial is not None:
             from pipeline.weights import load_into
 
-            context.event("note", text=load_into(model, sources.initial))
+            load_into(model, sources.initial)
         model = channels_last(model.to(context.device))
         teacher = None
         if sources is not None and sources.teacher is not None:

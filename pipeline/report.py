@@ -1,160 +1,43 @@
-"""What a finished run leaves to look at: figures, the model card, and the summary table."""
+"""What is said of a finished run: the model card, its record, and the summary table."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 import models
 from data_prep.datasets import get_dataset, named_normalization
 from pipeline.display import duration
-from pipeline.evaluate import Evaluation
-from pipeline.inputs import image_size
+from pipeline.inputs import evaluation_size
 
 if TYPE_CHECKING:
     from data_prep import Manifest
     from models import Profile
     from pipeline.config import Experiment
+    from pipeline.seeds import SeedsResult
     from pipeline.stages import Result
 
-_BLUE, _ORANGE, _GRAY = "#3b6fb6", "#d9782d", "#8a8a8a"
-
-#: Up to this many classes each cell of the confusion matrix shows its count.
-_MOST_COUNTS = 20
-
-#: Of a deeper network this many layers, evenly spaced, stand for all in the weight histogram.
-_MOST_LAYERS = 24
-
-#: A weight with more levels than this (a scale per filter) is drawn as one distribution.
-_MOST_LEVELS = 9
-
-
-def curves(history: list[dict[str, float]], title: str) -> Figure:
-    """Loss, accuracy and learning rate over the epochs."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = range(1, len(history) + 1)
-    for axes, quantity, label in ((loss, "loss", "cross-entropy"), (accuracy, "top1", "top-1 (%)")):
-        for split, color in (("train", _GRAY), ("test", _BLUE)):
-            values = [epoch[f"{split}_{quantity}"] for epoch in history]
-            axes.plot(epochs, values, color=color, label=split, marker=".")
-        axes.set_ylabel(label)
-        axes.legend(frameon=False)
-    rate.plot(epochs, [epoch["lr"] for epoch in history], color=_ORANGE, marker=".")
-    rate.set_ylabel("learning rate at the epoch's end")
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
-    return figure
-
-
-def confusion_matrix(evaluation: Evaluation, class_names: tuple[str, ...], title: str) -> Figure:
-    """True class against predicted class; shade: share of the true class, figure: images."""
-    counts = evaluation.confusion
-    classes = len(counts)
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    figure = Figure(figsize=(6.4, 5.8), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    if classes <= _MOST_COUNTS:
-        axes.set_xticks(
-            range(classes), class_names, rotation=90 if classes > 10 else 0, parse_math=False
-        )
-        axes.set_yticks(range(classes), class_names, parse_math=False)
-        for row, column in counts.nonzero().tolist():
-            axes.text(
-                column,
-                row,
-                str(int(counts[row, column])),
-                ha="center",
-                va="center",
-                color="white" if shares[row, column] > 0.5 else "black",
-                fontsize=8,
-            )
-    figure.colorbar(image, ax=axes, label="share of the true class")
-    return figure
-
-
-def weight_histogram(model: nn.Module, title: str) -> Figure:
-    """Latent weights of the quantized layers, and the quantized levels they are used as.
-
-    A network without quantized layers shows its weights alone.
-    """
-    quantized = dict(models.quantized_layers(model))
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear) and (name in quantized or not quantized)
-    }
-    if len(layers) > _MOST_LAYERS:
-        names = list(layers)
-        steps = range(_MOST_LAYERS)
-        shown = [names[round(step * (len(names) - 1) / (_MOST_LAYERS - 1))] for step in steps]
-        title += f" ({_MOST_LAYERS} of {len(layers)} layers)"
-        layers = {name: layers[name] for name in shown}
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (name, layer) in zip(grid, layers.items(), strict=False):
-        latent = layer.weight.detach().flatten()
-        counts, edges = _histogram(latent)
-        axes.stairs(counts, edges, fill=True, color=_BLUE, alpha=0.6, label="latent")
-        axes.set_title(name, fontsize=9)
-        axes.set_yticks([])
-        if quantized:
-            _draw_levels(axes, quantized[name].used_weight(), max(counts))
-    for axes in list(grid)[len(layers) :]:
-        axes.set_axis_off()
-    if quantized:
-        figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title)
-    return figure
-
-
-def _draw_levels(axes: Axes, weight: torch.Tensor, tallest: float) -> None:
-    """A line for each level of a quantized weight, as high as its share; or their histogram."""
-    levels, shares = _levels(weight)
-    if len(levels) > _MOST_LEVELS:
-        counts, edges = _histogram(weight.detach().flatten())
-        scaled = [count * tallest / max(counts) for count in counts]
-        axes.stairs(scaled, edges, color=_ORANGE, label="quantized")
-        return
-    heights = [share * tallest for share in shares]
-    axes.vlines(levels, 0, heights, color=_ORANGE, lw=2, label="quantized")
-    for level, height, share in zip(levels, heights, shares, strict=True):
-        axes.text(level, height, f"{share:.0%}", ha="center", va="bottom", fontsize=7)
-
-
-def _histogram(weights: torch.Tensor) -> tuple[list[float], list[float]]:
-    reach = float(weights.abs().max()) or 1.0
-    counts = torch.histc(weights, bins=60, min=-reach, max=reach)
-    edges = torch.linspace(-reach, reach, 61)
-    return (counts / counts.sum()).tolist(), edges.tolist()
-
-
-def _levels(weight: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Distinct values of a quantized weight and the share of the weights at each."""
-    levels, counts = torch.unique(weight.detach(), return_counts=True)
-    return levels.tolist(), (counts / counts.sum()).tolist()
+#: Names of figures, for people.
+_LABELS = {
+    "top1": "top-1",
+    "best_top1": "best epoch",
+    "validation_top1": "held out",
+    "top5": "top-5",
+    "loss": "loss",
+}
 
 
 def preprocessing(experiment: Experiment, manifest: Manifest) -> dict[str, object]:
     """What a user of the model has to do to an image, as plain data."""
-    recipe, size = experiment.train, image_size(experiment.train, manifest)
+    recipe, size = experiment.train, evaluation_size(experiment.train, manifest)
     mean, std = named_normalization(recipe.normalization, manifest.normalization)
     window = "the whole image"
     if recipe.test_crop is not None:
@@ -183,7 +66,8 @@ def model_card(result: Result) -> str:
 | parameters | {_parameters(profile)} |
 | stored | {profile.stored_bytes:,} bytes ({profile.float32_bytes:,} with this network in float32) |
 | multiply-accumulates per image | {profile.macs:,} |
-| epochs | {experiment.train.epochs} |
+| epochs | {_epochs(result)} |
+| seed | {experiment.seed} |
 
 The registered program is the folded network: plain convolutions with the quantized weights.
 
@@ -209,72 +93,179 @@ def _parameters(profile: Profile) -> str:
     return f"{profile.parameters:,}" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
-def record(result: Result) -> dict[str, object]:
-    """The figures of a run as plain data, kept in its folder; tables of results are made of it."""
+def _epochs(result: Result) -> str:
+    """How long the training was, and which of its epochs is kept, where that is a choice."""
+    held_out = result.experiment.train.validation
+    if not held_out:
+        return f"{result.experiment.train.epochs}"
+    accuracy = result.history[result.kept_epoch - 1]["validation_top1"]
+    return (
+        f"{result.experiment.train.epochs}, of which epoch {result.kept_epoch} is kept: the best, "
+        f"with {accuracy:.2f} %, on {held_out:,} held-out training images"
+    )
+
+
+def _best_test_epoch(history: list[dict[str, float]]) -> int | None:
+    """The epoch, from 1, that did best on the test split; None where it was not watched."""
+    if "test_top1" not in history[0]:
+        return None
+    accuracies = [epoch["test_top1"] for epoch in history]
+    return 1 + accuracies.index(max(accuracies))
+
+
+def record(result: Result) -> dict[str, Any]:
+    """The figures of a run as plain data, kept in its folder; tables of results are made of it.
+
+    Accuracies are in percent. ``top1`` is that of the weights that are kept, ``best_top1`` the
+    best of all epochs on the test split, which many papers report.
+    """
+    experiment, evaluation, history = result.experiment, result.evaluation, result.history
+    best = _best_test_epoch(history)
     return {
-        "experiment": result.experiment.name,
-        "network": _network(result.experiment.backbone),
-        "method": result.experiment.method,
-        "epochs": result.experiment.train.epochs,
-        "top1": round(result.evaluation.top1, 3),
-        "test_images": result.evaluation.images,
+        "experiment": experiment.name,
+        "network": _network(experiment.backbone),
+        "method": experiment.method,
+        "seed": experiment.seed,
+        "precision": experiment.train.precision,
+        "epochs": experiment.train.epochs,
+        "kept_epoch": result.kept_epoch,
+        "top1": round(evaluation.top1, 3),
+        "top5": None if evaluation.top5 is None else round(evaluation.top5, 3),
+        "loss": round(evaluation.loss, 6),
+        "validation_top1": history[result.kept_epoch - 1].get("validation_top1"),
+        "best_epoch": best,
+        "best_top1": None if best is None else round(history[best - 1]["test_top1"], 3),
+        "test_images": evaluation.images,
         "parameters": result.profile.parameters,
         "stored_bytes": result.profile.stored_bytes,
         "float32_bytes": result.profile.float32_bytes,
         "macs": result.profile.macs,
         "seconds": round(result.seconds, 1),
-        "images_per_second": round(result.history[-1]["images_per_second"]),
+        "images_per_second": round(history[-1]["images_per_second"]),
+        "peak_memory_bytes": history[-1].get("peak_memory_bytes"),
         "hardware": result.hardware,
+        "mlflow_run": result.run_id,
+        "model_version": None if result.model is None else result.model.version,
     }
 
 
 def summary(result: Result) -> Table:
     """The table at the end of a run."""
-    experiment, profile = result.experiment, result.profile
-    table = Table(box=SIMPLE, show_header=False, title=experiment.name, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    accuracy = f"{result.evaluation.top1:.2f} % of {result.evaluation.images:,} test images"
-    if result.evaluation.top5 is not None:
-        accuracy += f", top-5 {result.evaluation.top5:.2f} %"
-    reference = experiment.reference
-    if reference is not None and reference.top1 is not None:
-        accuracy += f" (published {reference.top1:.2f} %: {reference.what}; {reference.source})"
-    table.add_row("top-1", accuracy)
+    experiment, profile, history = result.experiment, result.profile, result.history
+    table = _table(experiment.name)
+    figures = record(result)
+    table.add_row("top-1", _accuracy(figures) + _published(experiment))
+    best = _best_test_epoch(history)
+    if experiment.tuned and best not in (None, result.kept_epoch):
+        habit = ", as the paper reports it" if _is_of_best_epoch(experiment) else ""
+        top1 = f"{figures['best_top1']:.2f} % at epoch {best} on the test images{habit}"
+        table.add_row(f"best of {len(history)}", top1)
+    if experiment.train.validation:
+        table.add_row("epochs", _epochs(result))
     if models.backbone_note(experiment.backbone):
         table.add_row("network", _network(experiment.backbone))
     table.add_row("parameters", _parameters(profile))
-    stored = f"{profile.stored_bytes:,} bytes"
-    if profile.stored_bytes < profile.float32_bytes:
-        stored += (
-            f" against {profile.float32_bytes:,} of this network in float32 "
-            f"({profile.ratio:.1f}x smaller)"
-        )
-    table.add_row("stored", stored)
+    table.add_row("stored", _stored(figures))
     table.add_row("MACs", f"{profile.macs:,} per image")
-    rate = result.history[-1]["images_per_second"]
-    table.add_row("time", f"{duration(result.seconds)}, training at {rate:,.0f} img/s")
-    table.add_row("run", Text(str(result.folder)))
-    if result.tracking_uri is not None:
-        table.add_row("MLflow run", Text(f"{result.run_id} in {result.tracking_uri}"))
+    speed = f"{history[-1]['images_per_second']:,.0f} img/s in {experiment.train.precision}"
+    memory = f", {history[-1]['peak_memory_bytes'] / 1e9:.1f} GB of memory at most"
+    table.add_row("time", f"{duration(result.seconds)}, training at {speed}{memory}")
+    _add_places(table, result.folder, result.run_id, result.tracking_uri)
     if result.model is not None:
         table.add_row("model", result.model.uri)
     return table
 
 
-def next_commands(result: Result) -> list[tuple[str, str]]:
-    """What to type to see the run and to use the model, with the Python that made them."""
-    if result.tracking_uri is None:
+def seeds_summary(result: SeedsResult) -> Table:
+    """The table at the end of several runs that differ in their seed."""
+    experiment, runs = result.experiment, result.runs
+    table = _table(f"{experiment.name}, {len(runs)} seeds")
+    for run in runs:
+        table.add_row(f"seed {run['seed']}", f"{_accuracy(run)}, run {run['folder']}")
+    for name, spread in result.spreads.items():
+        if name == "best_top1" and (not experiment.tuned or spread == result.spreads["top1"]):
+            continue
+        figure = f"{spread.mean:.2f} ± {spread.deviation:.2f} %"
+        if name == "loss":
+            figure = f"{spread.mean:.4f} ± {spread.deviation:.4f}"
+        published = _published(experiment) if name == "top1" else ""
+        table.add_row(_LABELS[name], f"{figure} over {len(runs)} seeds{published}")
+    table.add_row("parameters", f"{runs[0]['parameters']:,}")
+    table.add_row("stored", _stored(runs[0]))
+    table.add_row("time", duration(sum(run["seconds"] for run in runs)))
+    _add_places(table, result.folder, result.run_id, result.tracking_uri)
+    if result.model is not None:
+        table.add_row("model", f"{result.model}, {result.choice}")
+    return table
+
+
+def _table(title: str) -> Table:
+    """A table of two columns: what it is, and the figure."""
+    table = Table(box=SIMPLE, show_header=False, title=title, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _accuracy(figures: Mapping[str, Any]) -> str:
+    """Accuracy in a record, in words."""
+    text = f"{figures['top1']:.2f} % of {figures['test_images']:,} test images"
+    return text if figures["top5"] is None else f"{text}, top-5 {figures['top5']:.2f} %"
+
+
+def _published(experiment: Experiment) -> str:
+    """The figure to compare with, in parentheses; empty where there is none."""
+    reference = experiment.reference
+    if reference is None:
+        return ""
+    figures = {"": reference.top1, "top-5 ": reference.top5}
+    named = [f"{name}{figure:.2f} %" for name, figure in figures.items() if figure is not None]
+    if not named:
+        return ""
+    return f" (published {', '.join(named)}: {reference.what}; {reference.source})"
+
+
+def _is_of_best_epoch(experiment: Experiment) -> bool:
+    """Whether the published figure is that of the best epoch on the test images."""
+    reference = experiment.reference
+    return reference is not None and "on the test set" in reference.what
+
+
+def _stored(figures: Mapping[str, Any]) -> str:
+    """Stored bytes in a record, in words."""
+    stored, in_float32 = figures["stored_bytes"], figures["float32_bytes"]
+    if stored >= in_float32:
+        return f"{stored:,} bytes"
+    return (
+        f"{stored:,} bytes against {in_float32:,} of this network in float32 "
+        f"({in_float32 / stored:.1f}x smaller)"
+    )
+
+
+def _add_places(table: Table, folder: Path, run_id: str | None, tracking_uri: str | None) -> None:
+    """Where to look for more."""
+    table.add_row("run", Text(str(folder)))
+    if tracking_uri is not None:
+        table.add_row("MLflow run", Text(f"{run_id} in {tracking_uri}"))
+
+
+def next_commands(tracking_uri: str | None, model: str | None) -> list[tuple[str, str]]:
+    """What to type to see a run and to use its model, with the Python that made them.
+
+    Args:
+        model: URI in the registry; None when nothing was registered.
+    """
+    if tracking_uri is None:
         return []
-    see = result.tracking_uri
+    see = tracking_uri
     if see.startswith("sqlite"):
         see = f"{sys.executable} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(see)}"
     commands = [("see it", see)]
-    if result.model is not None:
+    if model is not None:
         # JSON's double quotes, which the shell's single ones leave readable.
         program = (
-            f"import mlflow; mlflow.set_tracking_uri({json.dumps(result.tracking_uri)}); "
-            f"model = mlflow.pytorch.load_model({json.dumps(result.model.uri)}); print(model)"
+            f"import mlflow; mlflow.set_tracking_uri({json.dumps(tracking_uri)}); "
+            f"model = mlflow.pytorch.load_model({json.dumps(model)}); print(model)"
         )
         commands.append(("use it", f"{sys.executable} -c {shlex.quote(program)}"))
     return commands

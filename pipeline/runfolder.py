@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Experiment, PipelineError
+from pipeline.config import Experiment, PipelineError, flatten
+from pipeline.failures import TrainingError
 
 _RECORD = "run.json"
 _KEYS = {"identity", "status", "experiment", "mlflow_run"}
 _UNUSABLE = "damaged or of another version"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system ended the run; ``run`` names the folder that can be resumed."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(run)
+        self.run = run
 
 
 @dataclass
@@ -22,7 +33,7 @@ class RunFolder:
     """A folder ``<runs>/<experiment>/<time>-<identity>`` and its record ``run.json``.
 
     The record holds what a later process needs to go on: the resolved experiment, its identity,
-    the MLflow run and whether the run finished.
+    the MLflow run and whether the run finished. A finished one holds its result.
     """
 
     path: Path
@@ -72,8 +83,39 @@ class RunFolder:
             self._lock = None
 
 
+@contextlib.contextmanager
+def opened(experiment: Experiment, identity: str, resume: bool | str) -> Iterator[RunFolder]:
+    """A new folder, or the one to go on with, held while inside; what stops the run names it.
+
+    Args:
+        resume: True for the one unfinished run of this identity, a text for the run of that name.
+
+    Raises:
+        PipelineError: when there is no such run, or from inside, with the run to continue.
+        Interrupted: for a KeyboardInterrupt from inside.
+    """
+    if resume is False:
+        folder = create(experiment, identity)
+    else:
+        folder = find(experiment, identity, None if resume is True else resume)
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        raise Interrupted(folder.name) from None
+    except PipelineError as error:
+        # What fails once the weights are there, or for want of a worker, can be continued.
+        if not isinstance(error, TrainingError) or error.transient:
+            error.exit_code, error.run = 1, folder.name
+        raise
+    finally:
+        folder.release()
+
+
 def create(experiment: Experiment, identity: str) -> RunFolder:
     """A new folder that no other run has, held by this process.
+
+    Args:
+        identity: 12 hex digits, of which the folder's name has 6, and what may follow them.
 
     Raises:
         PipelineError: when the folder cannot be written.
@@ -82,7 +124,8 @@ def create(experiment: Experiment, identity: str) -> RunFolder:
     parent = experiment.tracking.runs.absolute() / experiment.name
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        path = parent / f"{stamp}-{identity[:6]}"
+        name = f"{stamp}-{identity[:6]}{identity[12:]}"
+        path = parent / name
         number = 1
         while True:
             try:
@@ -90,7 +133,7 @@ def create(experiment: Experiment, identity: str) -> RunFolder:
                 break
             except FileExistsError:
                 number += 1
-                path = parent / f"{stamp}-{identity[:6]}-{number}"
+                path = parent / f"{name}-{number}"
         folder = RunFolder(path, {})
         folder.hold()
         folder.update(
@@ -145,6 +188,11 @@ def find(experiment: Experiment, identity: str, name: str | None) -> RunFolder:
     return chosen
 
 
+def read(experiment: Experiment, name: str) -> RunFolder:
+    """The experiment's run of that name as it is, not held."""
+    return _read(experiment.tracking.runs.absolute() / experiment.name / name)
+
+
 def _all(experiment: Experiment) -> list[RunFolder]:
     """Runs of the experiment, newest first; one whose record is unusable has that status."""
     parent = experiment.tracking.runs.absolute() / experiment.name
@@ -169,10 +217,8 @@ def _listing(runs: list[RunFolder]) -> str:
 
 
 def _difference(recorded: dict[str, Any], experiment: Experiment) -> str:
-    from pipeline.config import flatten
-
     old, new = flatten(recorded), flatten(experiment.model_dump(mode="json"))
-    governed = ("dataset", "backbone", "method", "seed", "train.", "data.synthetic")
+    governed = ("dataset", "backbone", "method", "init_from", "seed", "train.", "data.synthetic")
     rows = [
         f"{key}={old.get(key)} (now {value})"
         for key, value in new.items()

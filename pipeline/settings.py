@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -55,6 +55,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _parse_value(key: str, text: str, annotation: Any) -> Any:
+    if text in get_args(annotation):  # one of the words that the setting knows, such as none
+        return text
     if text in ("none", "null"):
         return None
     if annotation in (str, str | None, Folder, Path, Folder | None):
@@ -91,7 +93,7 @@ def override(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
         branch = tree
         for group in groups:
             branch = branch[group]
-        if not groups and key != "seed" and branch[leaf] != value:
+        if key in ("dataset", "backbone", "method") and branch[leaf] != value:
             tree["reference"] = None  # another network: neither its recipe nor its figure holds
         branch[leaf] = value
     return build_experiment(tree)
@@ -135,20 +137,44 @@ def load_yaml(path: Path) -> Experiment:
         raise PipelineError(f"{path}: {error}") from None
 
 
-#: Recipe settings that act only with certain values of another one.
-_GOVERNED = {
-    "train.momentum": ("optimizer", "sgd"),
-    "train.nesterov": ("optimizer", "sgd"),
-    "train.milestones": ("schedule", "multistep"),
-    "train.gamma": ("schedule", "multistep"),
+#: Settings that act only with certain values of another one.
+_GOVERNED: dict[str, tuple[str, tuple[object, ...]]] = {
+    "train.momentum": ("train.optimizer", ("sgd", "rmsprop")),
+    "train.nesterov": ("train.optimizer", ("sgd",)),
+    "train.schedule_unit": ("train.schedule", ("cosine", "multistep")),
+    "train.milestones": ("train.schedule", ("multistep",)),
+    "train.gamma": ("train.schedule", ("multistep", "plateau")),
+    "train.patience": ("train.schedule", ("plateau",)),
+    "train.sync_batchnorm": ("scaling.launcher", ("ray",)),
+    "scaling.workers": ("scaling.launcher", ("ray",)),
+    "scaling.nodes": ("scaling.launcher", ("ray",)),
+    "scaling.cores": ("scaling.launcher", ("ray",)),
+    "scaling.gpu": ("scaling.launcher", ("ray",)),
+    "scaling.max_failures": ("scaling.launcher", ("ray",)),
+    "scaling.timeout": ("scaling.launcher", ("ray",)),
+    "data.location": ("scaling.launcher", ("ray",)),
+    "tracking.uri": ("tracking.enabled", (True,)),
+    "tracking.register_model": ("tracking.enabled", (True,)),
 }
 
 #: Settings that do nothing while another one is none, false or zero.
 _NEEDS = {
+    "train.teacher_weight": "train.teacher",
+    "train.temperature": "train.teacher",
     "train.growth_epochs": "train.first_image_size",
     "train.padding": "train.shift",
     "train.crop_ratio": "train.crop_area",
 }
+
+#: Settings that repeat what holds without them: when they equal this other one.
+_REPEATING = {
+    "train.lr_batch_size": "train.batch_size",
+    "train.first_image_size": "train.image_size",
+    "train.test_size": "train.image_size",
+}
+
+#: Settings of latent weights, which only quantizers have.
+_LATENT = ("train.latent_weight_decay", "train.latent_regularization")
 
 #: Settings of the preparation; made-up images need none of them.
 _PREPARING = {
@@ -175,26 +201,40 @@ def without_effect(experiment: Experiment, overrides: Iterable[str]) -> list[str
 
 def _why_idle(experiment: Experiment, key: str) -> str | None:
     """What makes a setting ineffective, or None where it acts."""
-    group, _, name = key.partition(".")
     if key in _GOVERNED:
-        governor, value = _GOVERNED[key]
-        current = getattr(experiment.train, governor)
-        return None if current == value else f"train.{governor}={current}"
-    if key in _NEEDS:
-        needed = getattr(experiment.train, _NEEDS[key].partition(".")[2])
-        return None if needed else f"{_NEEDS[key]}={'none' if needed is None else needed}"
-    if key == "train.latent_weight_decay" and not _quantizes(experiment.method):
+        governor, acting = _GOVERNED[key]
+        if _value(experiment, governor) not in acting:
+            return _written(experiment, governor)
+    if key in _NEEDS and not _value(experiment, _NEEDS[key]):
+        return _written(experiment, _NEEDS[key])
+    if key in _REPEATING and _value(experiment, key) == _value(experiment, _REPEATING[key]):
+        return _written(experiment, _REPEATING[key])
+    of_latent = key in _LATENT or (key, experiment.train.compile) == ("train.compile", "quantizers")
+    if of_latent and not _quantizes(experiment.method):
         return f"method={experiment.method}, which has no latent weights"
-    if key in ("scaling.workers", "scaling.max_failures", "scaling.timeout", "data.location"):
-        if experiment.scaling.launcher == "local":
-            return "scaling.launcher=local"
-        alone = key == "data.location" and "RAY_ADDRESS" not in os.environ
-        return "one machine; RAY_ADDRESS names a cluster" if alone else None
-    if group == "tracking" and name in ("uri", "register_model"):
-        return None if experiment.tracking.enabled else "tracking.enabled=false"
+    if key == "train.sync_batchnorm" and experiment.scaling.workers == 1:
+        return "scaling.workers=1"
+    if key == "data.location" and not os.environ.get("RAY_ADDRESS"):
+        return "one machine; RAY_ADDRESS names a cluster"
     if key in _PREPARING:
-        return _why_unprepared(experiment, name)
+        return _why_unprepared(experiment, key.removeprefix("data."))
     return None
+
+
+def _value(experiment: Experiment, key: str) -> Any:
+    """What a setting is in effect: an image size that is not set is the data set's."""
+    group, _, name = key.partition(".")
+    value = getattr(getattr(experiment, group), name)
+    if key == "train.image_size" and value is None:
+        return get_dataset(experiment.dataset).image_size
+    return value
+
+
+def _written(experiment: Experiment, key: str) -> str:
+    """A setting as the user would write it."""
+    value = _value(experiment, key)
+    words = {None: "none", True: "true", False: "false"}
+    return f"{key}={words[value] if value is None or isinstance(value, bool) else value}"
 
 
 def _why_unprepared(experiment: Experiment, name: str) -> str | None:

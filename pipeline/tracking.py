@@ -15,6 +15,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import PipelineError
@@ -30,11 +31,15 @@ __all__ = ["Tracker", "TrackingStore", "open_tracking"]
 logger = logging.getLogger(__name__)
 
 LONGEST_PARAM, PARAMS_PER_CALL, METRICS_PER_CALL = 6000, 100, 1000  # MLflow's limits
+PARENT_TAG = "mlflow.parentRunId"
 EPOCH_METRIC = "epoch"  # written last in an epoch's batch: its steps are the epochs logged
 
 
 class Tracker:
-    """One MLflow run, open for writing. Make it with `Tracker.start` or `Tracker.resume`."""
+    """One MLflow run, open for writing. Make it with `Tracker.start` or `Tracker.resume`.
+
+    As a context manager it closes the run in the state in which the block ends.
+    """
 
     def __init__(self, store: TrackingStore, run_id: str, logged_epochs: set[int]) -> None:
         self.store = store
@@ -42,6 +47,20 @@ class Tracker:
         self._logged_epochs = logged_epochs
         self._waiting: deque[tuple[str, Callable[[], object]]] = deque()
         self._refused: list[str] = []
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish("FINISHED")
+        else:
+            self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     @classmethod
     def start(
@@ -51,6 +70,7 @@ class Tracker:
         run_name: str,
         params: Mapping[str, object],
         tags: Mapping[str, str],
+        parent: str | None = None,
     ) -> Tracker:
         """Begin a run.
 
@@ -58,6 +78,7 @@ class Tracker:
             params: the resolved settings under dotted keys; values are written as text, and
                 one that is too long for MLflow goes whole into `long_params.json`.
             tags: the caller's, such as the data's fingerprint, beside `environment_tags()`.
+            parent: id of the run that this one is a part of, below which MLflow shows it.
 
         Raises:
             PipelineError: the store does not take the run, or its folder was moved.
@@ -70,6 +91,8 @@ class Tracker:
         with store_errors(f"cannot start a run in {store.uri}"):
             experiment_id = _experiment_id(store, experiment_name)
             all_tags = environment_tags() | dict(tags)
+            if parent is not None:
+                all_tags[PARENT_TAG] = parent
             run = store.client.create_run(experiment_id, run_name=run_name, tags=all_tags)
             tracker = cls(store, run.info.run_id, set())
             for first in range(0, len(rows), PARAMS_PER_CALL):
@@ -98,26 +121,32 @@ class Tracker:
 
         Characters that MLflow does not take in a name become underscores.
         """
-        from mlflow.entities import Metric
-
         if epoch in self._logged_epochs:
             return
         self._logged_epochs.add(epoch)
+        rows = {name: value for name, value in metrics.items() if name != EPOCH_METRIC}
+        self._log(f"epoch {epoch}", rows | {EPOCH_METRIC: epoch}, epoch)
+
+    def log_result(self, metrics: Mapping[str, float]) -> None:
+        """Write metrics of the run as a whole, which belong to no epoch."""
+        self._log("result", metrics, 0)
+
+    def _log(self, what: str, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         # Fixed rows with a fixed time: sent twice after a lost answer, they are stored once.
         rows = [
-            Metric(re.sub(r"[^\w./: -]", "_", name), float(value), now, epoch)
+            Metric(re.sub(r"[^\w./: -]", "_", name), float(value), now, step)
             for name, value in metrics.items()
-            if name != EPOCH_METRIC
         ]
-        rows.append(Metric(EPOCH_METRIC, float(epoch), now, epoch))
 
         def send() -> None:
             for first in range(0, len(rows), METRICS_PER_CALL):
                 batch = rows[first : first + METRICS_PER_CALL]
                 self.store.client.log_batch(self.run_id, metrics=batch, synchronous=True)
 
-        self._deliver(f"epoch {epoch}", send)
+        self._deliver(what, send)
 
     def log_figure(self, name: str, figure: Figure) -> None:
         """Keep a matplotlib figure as `figures/<name>.png`."""

@@ -92,7 +92,15 @@ def error_of(capsys, *arguments: str) -> str:
         (["--describe", "digits_lenet5", "--dry-run"], ["not both"]),
         (["--experiment", "digits_lenet5", "train.batch_size=2000"], ["1437 training images"]),
         (["--experiment", "digits_lenet5", "train.shift=32"], ["train.shift=32"]),
-        (["--experiment", "digits_lenet5", "scaling.workers=3", "--dry-run"], ["multiple of 3"]),
+        (
+            ["--experiment", "digits_lenet5", "scaling.workers=90", "--dry-run"],
+            ["batch norm", "180"],
+        ),
+        (["--experiment", "digits_lenet5", "scaling.workers=4..2"], ["scaling.workers=4..2"]),
+        (["--experiment", "digits_lenet5", "seeds=0"], ["seeds=0", "greater than 0"]),
+        (["--experiment", "digits_lenet5", "seed=4294967295", "seeds=2"], ["seed=4294967296"]),
+        (["--experiment", "digits_lenet5", "init_from=nowhere.pt"], ["nowhere.pt"]),
+        (["--experiment", "digits_lenet5", "train.teacher=nobody"], ["nobody"]),
         (["--experiment", "digits_lenet5", "train.batch_size=2", "--dry-run"], ["batch norm", "4"]),
     ],
 )
@@ -250,6 +258,29 @@ def test_the_smoke_form_keeps_network_method_and_optimizer():
     assert (small.backbone, small.method) == (experiment.backbone, experiment.method)
     assert small.train.optimizer == experiment.train.optimizer
     assert small.tracking.runs != experiment.tracking.runs
+
+
+def test_every_curated_experiment_has_a_smoke_form_of_its_own_network_and_recipe():
+    for name, experiment in catalog().items():
+        small = smoke(experiment)
+        assert small.tuned, name
+        for key in ("optimizer", "lr", "schedule", "loss", "ema_decay", "precision", "blurpool"):
+            assert getattr(small.train, key) == getattr(experiment.train, key), (name, key)
+        assert small.data.synthetic is not None
+        images = small.data.synthetic[0] - small.train.validation
+        assert images == 2 * small.train.batch_size, f"{name} takes two steps"
+
+
+def test_the_smoke_form_needs_no_other_weights_and_takes_one_seed_unless_told():
+    settings = ["seeds=5", "init_from=somewhere.pt", "train.teacher=models:/big@candidate"]
+    small = smoke(load_experiment("digits_lenet5", settings))
+    assert (small.seeds, small.init_from, small.train.teacher) == (1, None, None)
+
+
+def test_a_dry_run_says_what_the_linear_scaling_rule_makes_of_the_learning_rate(capsys):
+    words = ["train.lr=0.1", "train.lr_batch_size=256", "train.batch_size=1024"]
+    assert main(["--experiment", "digits_lenet5", "--dry-run", *words]) == 0
+    assert "lr 0.1 for a batch of 256 becomes 0.4 for 1,024" in capsys.readouterr().out
 
 
 def test_a_smoke_run_keeps_away_from_the_store_of_real_runs(monkeypatch):

@@ -59,6 +59,29 @@ def test_a_restart_is_said():
     assert "continuing after epoch 1 of 3" in shown
 
 
+def test_a_recipe_that_holds_images_out_shows_its_accuracy_on_them():
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    event = epoch_event(1)
+    event["metrics"] = {**event["metrics"], "validation_top1": 93.25}
+    del event["metrics"]["test_top1"]
+    with Display(console) as display:
+        TrainingDisplay(display, epochs=100)(event)
+    assert "validation 93.25%" in output.getvalue()
+
+
+def test_workers_are_said_when_they_are_others_than_planned():
+    output = io.StringIO()
+    training = TrainingDisplay(Display(Console(file=output, width=200)), 3, "2 to 4 x H100, nccl")
+    for hardware in ("2 x H100, nccl", "2 x H100, nccl", "3 x H100, nccl"):
+        training({"kind": "workers", "workers": 2, "machines": 1, "hardware": hardware})
+    assert output.getvalue().split("\n") == [
+        "train    on 2 x H100, nccl",
+        "train    on 3 x H100, nccl",
+        "",
+    ]
+
+
 def test_an_event_that_is_not_for_people_shows_nothing():
     output = io.StringIO()
     TrainingDisplay(Display(Console(file=output)), epochs=3)({"kind": "evaluation"})

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import runfolder
 from pipeline.config import Experiment, PipelineError
+from pipeline.failures import TrainingError
 from pipeline.settings import override
 
 
@@ -114,3 +115,33 @@ def test_a_run_may_be_named_by_its_path_but_not_by_nothing(experiment):
     assert runfolder.find(experiment, "identity", f"runs/{run.name}/").path == run.path
     with pytest.raises(PipelineError, match="names no run"):
         runfolder.find(experiment, "identity", "")
+
+
+def test_what_stops_a_run_names_the_folder_to_continue_and_lets_go_of_it(experiment):
+    with (
+        pytest.raises(runfolder.Interrupted) as stopped,
+        runfolder.opened(experiment, "identity", False),
+    ):
+        raise KeyboardInterrupt
+    name = stopped.value.run
+    with pytest.raises(PipelineError) as failed, runfolder.opened(experiment, "identity", name):
+        raise PipelineError("the disk is full")
+    assert (failed.value.run, failed.value.exit_code) == (name, 1)
+    with runfolder.opened(experiment, "identity", True) as again:
+        assert again.name == name
+
+
+def test_a_failure_that_would_only_be_repeated_names_no_folder(experiment):
+    with pytest.raises(TrainingError) as failed, runfolder.opened(experiment, "identity", False):
+        raise TrainingError("the loss was not finite")
+    assert failed.value.run is None
+
+
+def test_what_follows_the_hash_of_an_identity_is_in_the_name_of_the_folder(experiment):
+    assert runfolder.create(experiment, "0123456789ab-seeds3").name.endswith("-012345-seeds3")
+
+
+def test_a_record_is_read_by_name_also_of_a_run_that_is_not_there(experiment):
+    run = runfolder.create(experiment, "identity")
+    assert runfolder.read(experiment, run.name).record == run.record
+    assert not runfolder.read(experiment, "nowhere").finished

@@ -141,6 +141,32 @@ def test_a_copied_folder_of_runs_is_refused_before_it_writes_into_the_old_one(
     assert rows(copy, "SELECT status FROM runs") == [("FINISHED",)]
 
 
+def test_a_part_of_a_run_lies_below_it_and_the_whole_has_a_result(
+    runs: Path, store: TrackingStore
+) -> None:
+    with start(store) as whole:
+        part = Tracker.start(store, "digits_lenet5", "part", {}, {}, parent=whole.run_id)
+        part.finish()
+        whole.log_result({"top1_mean": 99.0})
+    parents = rows(runs, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'")
+    assert parents == [(part.run_id, whole.run_id)]
+    results = rows(runs, "SELECT run_uuid, key, value FROM metrics")
+    assert results == [(whole.run_id, "top1_mean", 99.0)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (PipelineError, "FAILED")]
+)
+def test_a_run_is_closed_in_the_state_in_which_its_block_ends(
+    runs: Path, store: TrackingStore, error: type[BaseException], status: str
+) -> None:
+    with start(store):
+        pass
+    with pytest.raises(error), start(store):
+        raise error("stopped")
+    assert set(rows(runs, "SELECT status FROM runs")) == {("FINISHED",), (status,)}
+
+
 WHOLE_RUN = """
 import sys
 from pathlib import Path

@@ -1,0 +1,109 @@
+"""What is said of a finished run, from figures that are known."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import data_prep
+import models
+from pipeline import figures, report
+from pipeline.config import Experiment, Reference
+from pipeline.evaluate import Evaluation
+from pipeline.experiments import load_experiment
+from pipeline.loop import build_model
+from pipeline.stages import Result
+
+#: Hits of 4 images of class 0 and 6 of class 1: 70 %.
+CONFUSION = torch.tensor([[3, 1], [2, 4]])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return data_prep.prepare(
+        "digits", prepared=tmp_path_factory.mktemp("prepared"), synthetic=(16, 8)
+    )
+
+
+def result(manifest, history: list[dict[str, float]], kept: int, words: list[str]) -> Result:
+    experiment = load_experiment("digits_lenet5_ternary", words)
+    reference = Reference(what="best of 3 epochs on the test set", top1=75.0, source="somebody")
+    experiment = experiment.model_copy(update={"reference": reference})
+    rest = {"images_per_second": 1234.4, "train_loss": 0.5, "train_top1": 60.0, "lr": 0.1}
+    rest["peak_memory_bytes"] = 2.5e9
+    return Result(
+        experiment=experiment,
+        manifest=manifest,
+        folder=Path("runs/one"),
+        history=[{**rest, **epoch} for epoch in history],
+        kept_epoch=kept,
+        evaluation=Evaluation(CONFUSION, top5_hits=10, loss=0.25),
+        profile=models.profile(build_model(experiment, manifest), 32),
+        hardware="2 CPU workers, gloo",
+        seconds=61.0,
+    )
+
+
+def shown(table) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+WATCHED = [{"test_top1": value, "test_loss": 1.0} for value in (60.0, 72.5, 70.0)]
+HELD_OUT = [{"validation_top1": value, "validation_loss": 1.0} for value in (60.0, 88.5, 70.0)]
+
+
+def test_the_best_epoch_on_the_test_images_stands_beside_the_last_as_papers_have_it(manifest):
+    finished = result(manifest, WATCHED, kept=3, words=[])
+    figures = report.record(finished)
+    assert (figures["top1"], figures["kept_epoch"]) == (70.0, 3)
+    assert (figures["best_top1"], figures["best_epoch"]) == (72.5, 2)
+    text = shown(report.summary(finished))
+    assert "70.00 % of 10 test images (published 75.00 %" in text
+    assert "72.50 % at epoch 2 on the test images, as the paper reports it" in text
+
+
+def test_a_run_of_nobodys_experiment_does_not_quote_its_best_epoch(manifest):
+    finished = result(manifest, WATCHED, kept=3, words=[])
+    untuned = finished.experiment.model_copy(update={"reference": None})
+    finished = Result(**{**vars(finished), "experiment": untuned})
+    assert "72.50" not in shown(report.summary(finished))
+
+
+def test_the_epoch_that_held_out_images_chose_is_said_in_summary_record_and_card(manifest):
+    finished = result(manifest, HELD_OUT, kept=2, words=["train.epochs=3", "train.validation=4"])
+    figures = report.record(finished)
+    assert (figures["kept_epoch"], figures["validation_top1"]) == (2, 88.5)
+    assert figures["best_top1"] is None, "nobody looked at the test images before the end"
+    for text in (shown(report.summary(finished)), report.model_card(finished)):
+        assert "3, of which epoch 2 is kept: the best, with 88.50 %, on 4 held-out" in text
+
+
+def test_a_record_says_what_a_table_of_results_needs(manifest):
+    figures = report.record(result(manifest, WATCHED, kept=3, words=["seed=5"]))
+    assert figures["seed"] == 5
+    assert figures["precision"] == "float32"
+    assert figures["peak_memory_bytes"] == 2.5e9
+    assert figures["images_per_second"] == 1234
+    assert figures["top5"] is None, "five of two classes is no feat"
+
+
+def test_curves_show_the_images_that_were_watched():
+    rest = {"train_loss": 1.0, "train_top1": 50.0, "lr": 0.1}
+    for split, history in (("test", WATCHED), ("validation", HELD_OUT)):
+        figure = figures.curves([{**rest, **epoch} for epoch in history], "title")
+        labels = {line.get_label() for line in figure.axes[1].lines}
+        assert labels == {"train", split}
+
+
+def test_preprocessing_is_for_images_of_the_size_of_evaluation(manifest):
+    experiment = Experiment(name="x", dataset="digits", backbone="lenet5")
+    larger = experiment.train.model_copy(update={"test_size": 40})
+    experiment = experiment.model_copy(update={"train": larger})
+    assert report.preprocessing(experiment, manifest)["input"] == "float32 (N, 1, 40, 40)"
