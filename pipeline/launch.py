@@ -72,7 +72,7 @@ _WORKER_ENVIRONMENT = {
 }
 
 _ENVIRONMENT = {
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed|Raylet is terminated",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _POLL_INTERVAL,
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _PLACEMENT_PATIENCE,
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
