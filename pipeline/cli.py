@@ -25,7 +25,7 @@ examples:
   python run.py --config mine.yaml --dry-run
   python run.py --prepare folder data.raw=~/pictures/birds
 
-A name is DATASET_BACKBONE[_METHOD]. Settings are those that --describe shows.
+A name is DATASET_BACKBONE[_METHOD[_RECIPE]]. Settings are those that --describe shows.
 """
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from data_prep import Manifest
 from data_prep.datasets import DataError, named_normalization, one_line_for_os_errors
 from pipeline.config import Experiment, PipelineError
-from pipeline.inputs import check_images, make_loader
+from pipeline.inputs import check_images, make_loader, split_images
 
 _BLUE, _ORANGE = "#3b6fb6", "#d9782d"
 
@@ -74,7 +74,7 @@ def _draw(
 
 def _first_images(experiment: Experiment, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
     """Images, float (N, H, W, C) from 0 to 1, and labels of the first training batches."""
-    batch_size = min(experiment.train.batch_size, manifest.counts["train"])
+    batch_size = min(experiment.train.batch_size, split_images(experiment, manifest, "train"))
     recipe = experiment.train.model_copy(update={"batch_size": batch_size})
     experiment = experiment.model_copy(update={"train": recipe})
     check_images(experiment, manifest)

@@ -14,6 +14,9 @@ from rich.text import Text
 LINE_INTERVAL = 5.0
 LINES = 12
 
+#: A longer stage has more of them: nobody shall wonder for longer than that whether it lives.
+LONGEST_SILENCE = 1800.0
+
 
 def duration(seconds: float) -> str:
     """Seconds as ``42 s``, ``3:07 min`` or ``2:05 h``."""
@@ -79,7 +82,8 @@ class Display:
         if done > self._first_done:
             rate = (now - self._started) / (done - self._first_done)
             left = f"ETA {duration(rate * (total - done))}"
-            interval = max(LINE_INTERVAL, rate * total / LINES)
+            if self._last_line > self._started:  # the first one comes soon, whatever the rest takes
+                interval = max(LINE_INTERVAL, min(rate * total / LINES, LONGEST_SILENCE))
         if self.console.is_terminal:
             self._move_bar(stage, done, total, f"{left:<14}{text}")
         elif now - self._last_line >= interval and done < total:

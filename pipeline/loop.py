@@ -97,6 +97,8 @@ class _Training:
         sources: Sources | None,
     ) -> None:
         recipe = experiment.train
+        # Sizes hold still within an epoch, so that it pays to try which convolution is fastest.
+        torch.backends.cudnn.benchmark = True
         self.experiment, self.recipe, self.manifest = experiment, recipe, manifest
         self.store, self.context = store, context
         context.event("phase", text=f"opening the prepared data{_cache_note(experiment, manifest)}")

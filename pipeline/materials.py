@@ -60,11 +60,11 @@ def gather(experiment: Experiment, display: Display) -> Materials:
 def _find_weights(experiment: Experiment, display: Display) -> Sources:
     """Fetch the weights that the experiment names, before anything long begins."""
 
+    def tell(text: str) -> None:
+        display.stage("weights", text)
+
     def find(source: str | None) -> Weights | None:
-        if source is None:
-            return None
-        display.stage("weights", f"looking for {source}")
-        return resolve(source, experiment)
+        return None if source is None else resolve(source, experiment, tell)
 
     return Sources(find(experiment.init_from), find(experiment.train.teacher))
 

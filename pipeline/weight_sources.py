@@ -13,7 +13,7 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class _Found:
     torchvision: str | None = None
 
 
-def resolve(source: str, experiment: Experiment) -> Weights:
+def resolve(source: str, experiment: Experiment, tell: Callable[[str], None] = print) -> Weights:
     """Find the weights that `init_from` or `train.teacher` names, and keep them for the workers.
 
     Args:
@@ -60,6 +60,7 @@ def resolve(source: str, experiment: Experiment) -> Weights:
             of the registry; a run folder; or a file, .safetensors, .pt or .pth, that holds a state
             dict, or a dict with one under `state_dict` or `model`.
         experiment: says which registry, and the folder of all runs.
+        tell: called with a line before something is downloaded.
 
     Raises:
         PipelineError: there is no such thing, it cannot be read, or it is no state dict.
@@ -73,7 +74,7 @@ def resolve(source: str, experiment: Experiment) -> Weights:
         elif path.is_file():
             found = _Found(_read_file(path), source)
         else:
-            found = _from_torchvision(source)
+            found = _from_torchvision(source, tell)
     except OSError as error:
         raise PipelineError(f"cannot read {source}: {error.strerror or error}") from None
     tensors = _without_wrappers(found.tensors)
@@ -86,7 +87,7 @@ def resolve(source: str, experiment: Experiment) -> Weights:
     return Weights(source, found.origin, file, digest, found.experiment, found.torchvision)
 
 
-def _from_torchvision(source: str) -> _Found:
+def _from_torchvision(source: str, tell: Callable[[str], None]) -> _Found:
     known = classification_weights()
     if source not in known:
         if "/" in source or source.endswith(_SUFFIXES):
@@ -99,16 +100,17 @@ def _from_torchvision(source: str) -> _Found:
         )
     _, entry = known[source]
     name = str(entry)
-    tensors = _read_pickle(_downloaded(entry))
+    tensors = _read_pickle(_downloaded(entry, tell))
     origin = source if source == name else f"{source} ({name})"
     return _Found(tensors, origin, torchvision=name)
 
 
-def _downloaded(entry: WeightsEnum) -> Path:
+def _downloaded(entry: WeightsEnum, tell: Callable[[str], None]) -> Path:
     """The file of torchvision's weights in torch's hub folder, fetched if it is not there."""
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(entry.url).path).name)
     if file.exists():
         return file
+    tell(f"downloading {entry.url} to {file.parent}")
     digest = torch.hub.HASH_REGEX.search(file.name)  # the name has the first digits of its SHA-256
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

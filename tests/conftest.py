@@ -28,7 +28,7 @@ class Scheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         path, _, identifier = nodeid.partition("[")
         folder = path.split("/")[1]
-        if folder in ("integration", "drills"):
+        if folder in ("integration", "drills") and not path.endswith("test_catalog.py"):
             return "processes"
         return identifier.partition("-")[0] if folder == "matrix" else path.partition("::")[0]
 

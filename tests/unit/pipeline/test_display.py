@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from pipeline.display import LINES, Display, TrainingDisplay, duration
+from pipeline.display import LINES, LONGEST_SILENCE, Display, TrainingDisplay, duration
 
 
 def test_durations_read_well():
@@ -32,9 +32,9 @@ def test_without_a_terminal_a_long_stage_takes_a_dozen_lines_with_eta(monkeypatc
     for epoch in range(1, 101):
         display(epoch_event(epoch))
     lines = output.getvalue().splitlines()
-    assert 8 <= len(lines) <= LINES, "a line in seventeen of two hundred seconds"
-    shown = "train     10%  ETA 3:00 min  epoch 10/100  loss 0.500  train 90.0%  test 95.00%"
-    assert lines[0] == f"{shown}  1,000 img/s", "ninety epochs of two seconds are left"
+    assert 8 <= len(lines) <= LINES, "one soon, then one in seventeen of two hundred seconds"
+    shown = "train      4%  ETA 3:12 min  epoch 4/100  loss 0.500  train 90.0%  test 95.00%"
+    assert lines[0] == f"{shown}  1,000 img/s", "ninety-six epochs of two seconds are left"
 
 
 def test_on_a_terminal_one_bar_is_redrawn_in_place():
@@ -86,3 +86,14 @@ def test_an_event_that_is_not_for_people_shows_nothing():
     output = io.StringIO()
     TrainingDisplay(Display(Console(file=output)), epochs=3)({"kind": "evaluation"})
     assert output.getvalue() == ""
+
+
+def test_a_stage_of_days_is_never_silent_for_longer_than_half_an_hour(monkeypatch):
+    clock = iter(range(0, 10**9, 600))  # ten minutes between two looks
+    monkeypatch.setattr("pipeline.display.time.monotonic", lambda: next(clock))
+    output = io.StringIO()
+    display = Display(Console(file=output, width=120))
+    for done in range(1, 601):
+        display.progress("train", done, 600)
+    lines = len(output.getvalue().splitlines())
+    assert 600 * 600 / LONGEST_SILENCE * 0.7 <= lines <= 600 * 600 / LONGEST_SILENCE * 1.1
