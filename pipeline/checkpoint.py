@@ -104,11 +104,12 @@ class CheckpointStore:
         self.identity = identity
         self.keep = keep
 
-    def save(self, state: TrainingState, progress: Progress, best: int | None = None) -> Path:
-        """Write a checkpoint and drop the oldest ones beyond ``keep``.
+    def save(self, state: TrainingState, progress: Progress) -> Path:
+        """Write a checkpoint and drop those that nobody can need.
 
-        Args:
-            best: epochs of the checkpoint that is kept however old it is; None: there is none.
+        What stays are the newest ``keep``, and the result of each of them (see ``kept_epoch``):
+        where the newest turns out to be damaged, the training goes on from an older one, which
+        may know another epoch as the best.
         """
         final = self._path(progress.epoch)
         with whole_folder(final) as partial:
@@ -127,9 +128,11 @@ class CheckpointStore:
             }
             (partial / "state.json").write_text(json.dumps(record, allow_nan=False))
             _write_manifest(partial)
-        for path in self._all()[self.keep :]:
-            if _epoch_of(path) != best:
-                shutil.rmtree(path)
+        epochs = [_epoch_of(path) for path in self._all()]
+        wanted = {kept_epoch(progress.history[:epoch]) for epoch in epochs[: self.keep]}
+        for epoch in epochs[self.keep :]:
+            if epoch not in wanted:
+                shutil.rmtree(self._path(epoch))
         return final
 
     def newest(self, warn: Callable[[str], None]) -> int | None:

@@ -183,6 +183,16 @@ class Recipe(Section):
             raise ValueError(
                 "train.nesterov=true needs train.momentum above 0; set train.nesterov=false"
             )
+        if self.precision == "float16" and self.optimizer in ("rmsprop", "lamb"):
+            raise ValueError(
+                f"train.precision=float16 does not go with train.optimizer={self.optimizer}, which "
+                "would wait for the device in every step; take bfloat16, or sgd, adam or adamw"
+            )
+        if self.sync_batchnorm and self.compile != "none":
+            raise ValueError(
+                f"train.sync_batchnorm=true does not go with train.compile={self.compile}: a "
+                "worker that cannot compile would leave the others waiting"
+            )
         if self.loss == "square-hinge":
             for name in ("label_smoothing", "mixup", "cutmix", "teacher"):
                 if getattr(self, name):
@@ -307,12 +317,25 @@ class Tracking(Section):
 
 
 class Reference(Section):
-    """The published figure that an experiment stands beside."""
+    """What a curated experiment is, and the published figure that it stands beside."""
 
-    what: str
+    what: str = Field(description="in a few words")
     top1: float | None = Field(None, description="published top-1 accuracy in percent")
     top5: float | None = Field(None, description="published top-5 accuracy in percent")
-    source: str = ""
+    best_on: Literal["test", "validation"] | None = Field(
+        None, description="images on which the epoch of that figure was the best; none: the last"
+    )
+    source: str = Field("", description="who published it; empty: an experiment of our own")
+
+    @property
+    def text(self) -> str:
+        """What it is, and whether the figure is of the best epoch."""
+        if self.source and self.top1 is None and self.top5 is None:
+            return f"{self.what}; figure not published"
+        if self.best_on is None:
+            return self.what
+        images = "the test" if self.best_on == "test" else "held-out"
+        return f"{self.what}; best epoch on {images} images"
 
 
 class Experiment(Section):

@@ -53,6 +53,18 @@ def first_image_size(recipe: Recipe, inputs: Inputs) -> int:
     return recipe.first_image_size or image_size(recipe, inputs)
 
 
+def training_sizes(recipe: Recipe, inputs: Inputs) -> list[int]:
+    """Height and width of the images of each epoch, without repetition, the smallest first."""
+    growing = _resolution(recipe, inputs)
+    return sorted({growing.at(epoch) for epoch in range(recipe.epochs)})
+
+
+def _resolution(recipe: Recipe, inputs: Inputs) -> data_prep.Resolution:
+    """Size of the training images by epoch."""
+    first, last = first_image_size(recipe, inputs), image_size(recipe, inputs)
+    return data_prep.Resolution(first, last, recipe.growth_epochs)
+
+
 def evaluation_size(recipe: Recipe, inputs: Inputs) -> int:
     """Height and width of the images that the network is evaluated on and used with, in pixels.
 
@@ -250,8 +262,7 @@ def make_loader(
     view: data_prep.View = data_prep.CentralCrop(recipe.test_crop)
     resolution = data_prep.Resolution.constant(evaluation_size(recipe, manifest))
     if training:
-        first, last = first_image_size(recipe, manifest), image_size(recipe, manifest)
-        resolution = data_prep.Resolution(first, last, recipe.growth_epochs)
+        resolution = _resolution(recipe, manifest)
         view = data_prep.Augmentation(
             shift=recipe.shift,
             padding=recipe.padding,

@@ -19,7 +19,7 @@ from pipeline.averaging import MovingAverage, average_statistics
 from pipeline.checkpoint import CheckpointStore, Progress, TrainingState, kept_epoch
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.optim import build_optimizer, learning_rate, plateau_factor
-from pipeline.training_step import TrainingStep, autocast
+from pipeline.training_step import TrainingStep, autocast, low_precision
 
 if TYPE_CHECKING:
     from data_prep import Loader, Manifest
@@ -119,6 +119,7 @@ class _Training:
 
             teacher = build_teacher(sources.teacher, experiment, manifest)
             teacher = channels_last(teacher.to(context.device))
+            low_precision(teacher, recipe)
         optimizer = build_optimizer(model, recipe)
         self.average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         replica = context.wrap(model, sync_batchnorm=recipe.sync_batchnorm)
@@ -130,9 +131,9 @@ class _Training:
         )
         self.progress = self._restore()
         if recipe.compile != "none" and self.progress.epoch < recipe.epochs:
-            size = recipe.first_image_size or data.image_size(recipe, manifest)
-            shape = (self.loader.images_per_step, manifest.channels, size, size)
-            self.step.compile(shape)
+            images, channels = self.loader.images_per_step, manifest.channels
+            sizes = data.training_sizes(recipe, manifest)
+            self.step.compile([(images, channels, size, size) for size in sizes])
 
     def _open(self, split: str, *, training: bool = False) -> Loader:
         """This rank's batches of a split."""
@@ -235,9 +236,8 @@ class _Training:
         )
         if context.rank == 0:
             started = time.perf_counter()
-            best = kept_epoch(self.progress.history) if self.recipe.validation else None
-            self.store.save(self.state, self.progress, best)
-            metrics["checkpoint_seconds"] = time.perf_counter() - started
+            self.store.save(self.state, self.progress)
+            metrics = metrics | {"checkpoint_seconds": time.perf_counter() - started}
         context.event(
             "epoch",
             epoch=self.progress.epoch,

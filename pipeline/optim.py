@@ -92,7 +92,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0), a pure function.
 
     Linear warm-up from ``peak / warm-up steps`` to the peak, then constant, a half cosine to zero
-    at the last step (Loshchilov and Hutter 2017, without restarts), or a factor at each milestone.
+    one step after the last (Loshchilov and Hutter 2017, without restarts), or a factor at each
+    milestone.
     With ``schedule_unit=epoch`` the rate of an epoch's first step holds for all of it.
     Of ``plateau`` this is the rate before any drop, see ``plateau_factor``.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,16 @@ def autocast(device: torch.device, recipe: Recipe) -> contextlib.AbstractContext
     if recipe.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[recipe.precision])
+
+
+def low_precision(network: nn.Module, recipe: Recipe) -> None:
+    """Give a network that learns nothing its weights in the recipe's precision, once for all.
+
+    Autocast would convert them anew in every step.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and recipe.precision != "float32":
+            module.to(_DTYPES[recipe.precision])
 
 
 def square_hinge(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -154,44 +164,54 @@ class TrainingStep:
             hits += (logits.detach().argmax(dim=1) == classes).sum()
         return total, hits
 
-    def compile(self, shape: tuple[int, int, int, int]) -> None:
+    def compile(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
         """Compile what ``train.compile`` names, or go on without, on all ranks, and say so.
 
-        A made-up batch is taken forward and backward, which leaves no trace in the network.
+        Made-up batches are taken forward and backward, which leaves no trace in the network.
 
         Args:
-            shape: of the images of this rank's share, (N, C, H, W).
+            shapes: that the images of this rank's share will have, (N, C, H, W).
         """
-        from torch._dynamo.exc import TorchDynamoException
-
         what, context = self._recipe.compile, self._context
         context.event("phase", text=f"compiling the {what} with torch.compile")
         if what == "model":
             self._forward = torch.compile(self._replica)
         else:
             models.compile_quantizers(self._model)
-        statistics = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        labels = torch.zeros(shape[0], dtype=torch.int64, device=context.device)
-        images = torch.zeros(shape, device=context.device)
-        if shape[1] > 1:
-            images = images.contiguous(memory_format=torch.channels_last)
-        problem = ""
-        try:
-            for part in images.tensor_split(self._recipe.accumulation):
-                # Without a word to the other ranks, of which one may fail alone.
-                with context.no_sync(self._replica):
-                    self._loss(part, labels[: len(part)])[0].backward()
-        except TorchDynamoException as error:
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        self._optimizer.zero_grad(set_to_none=True)
-        for name, buffer in self._model.named_buffers():
-            buffer.copy_(statistics[name])
+        problem = self._problem_of_compiling(shapes)
         works = torch.tensor(int(not problem), device=context.device)
         if not context.minimum_over_ranks(works):
-            torch.compiler.set_stance("force_eager")
+            self._forward = self._replica
+            for _, layer in models.quantized_layers(self._model):
+                layer.compiled = False
             reason = problem or "it fails on another worker"
             text = f"train.compile={what} does not work here, training goes on without: {reason}"
             context.event("note", text=text)
+
+    def _problem_of_compiling(self, shapes: Sequence[tuple[int, int, int, int]]) -> str:
+        """Why one of the batches cannot be computed; empty where all can."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        device, problem = self._context.device, ""
+        statistics = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        self._replica.train()
+        try:
+            for shape in shapes:
+                labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+                images = torch.zeros(shape, device=device)
+                if shape[1] > 1:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                for part in images.tensor_split(self._recipe.accumulation):
+                    # Without a word to the other ranks, of which one may fail alone.
+                    with self._context.no_sync(self._replica):
+                        self._loss(part, labels[: len(part)])[0].backward()
+        except TorchDynamoException as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            problem = f"{type(error).__name__}: {' '.join(lines[:2])}"
+        self._optimizer.zero_grad(set_to_none=True)
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(statistics[name])
+        return problem
 
     def _loss(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """Mean loss of images, in float32, and their logits."""

@@ -50,7 +50,7 @@ def test_compiled_quantizers_compute_and_learn_like_the_eager_ones(method: str) 
         outputs.square().sum().backward()
         expected.square().sum().backward()
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=5e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(fold(compiled)(images), eager(images))
         assert torch.equal(pickle.loads(pickle.dumps(compiled))(images), eager(images))

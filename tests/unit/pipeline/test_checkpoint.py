@@ -68,9 +68,21 @@ def test_a_restored_training_goes_on_bit_for_bit(tmp_path, optimizer_name, preci
 def test_the_best_checkpoint_is_kept_however_old_it_is(tmp_path):
     state = small_training()
     store = CheckpointStore(tmp_path, "identity", keep=1)
-    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
-        store.save(state, Progress(epoch, epoch, [{}] * epoch), best)
+    history = [{"validation_top1": accuracy} for accuracy in (50.0, 70.0, 60.0, 65.0)]
+    for epoch in range(1, 5):
+        store.save(state, Progress(epoch, epoch, history[:epoch]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0002", "epoch-0004"]
+
+
+def test_what_an_older_checkpoint_takes_for_the_best_is_kept_with_it(tmp_path):
+    """Epoch 5 is the best now; were it damaged, the training would go on from 4, which knows 2."""
+    state = small_training()
+    store = CheckpointStore(tmp_path, "identity", keep=2)
+    history = [{"validation_top1": accuracy} for accuracy in (10.0, 30.0, 20.0, 25.0, 40.0)]
+    for epoch in range(1, 6):
+        store.save(state, Progress(epoch, epoch, history[:epoch]))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["epoch-0002", "epoch-0004", "epoch-0005"]
 
 
 def test_the_moving_average_is_the_network_that_is_kept(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from pipeline.averaging import MovingAverage
 from pipeline.config import Recipe
 from pipeline.context import TrainContext
 from pipeline.optim import build_optimizer
@@ -146,7 +148,7 @@ def test_the_regularization_pulls_latent_weights_once_per_step(parts):
         assert torch.allclose(pull, -2 * 0.5 * layer.weight, atol=1e-5), name
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_a_float16_step_that_overflows_is_skipped_and_the_next_ones_count(optimizer):
     model = small_network()
     before = [p.detach().clone() for p in model.parameters()]
@@ -214,8 +216,8 @@ def test_mixed_images_have_a_loss_between_those_of_their_two_labels(settings):
 def test_no_step_waits_for_the_device(settings):
     """A scalar that Python reads, on a GPU a wait for all that is queued, is an aten event.
 
-    Not here: torch's Adam, whose CPU kernel reads its own step counter, and mixing, which draws
-    its share on the CPU.
+    Not here but on a GPU, below: torch's Adam, whose CPU kernel reads its own step counter, and
+    mixing, which draws its share on the CPU.
     """
     step = make_step(binary_network(), **settings)
     images, labels = batch(size=28)
@@ -227,6 +229,114 @@ def test_no_step_waits_for_the_device(settings):
     assert any(event.name == "aten::convolution" for event in events), "it has seen the step"
     waits = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
     assert [_callers(event) for event in events if event.name in waits] == []
+
+
+SHAPES = [(10, 3, 8, 8), (10, 3, 12, 12)]
+
+
+@pytest.mark.parametrize("what", ["model", "quantizers"])
+def test_what_cannot_be_compiled_trains_without_and_a_line_says_so_each_time(what, monkeypatch):
+    """A backend that fails stands in for a machine without a C++ compiler."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, "backend": broken}))
+    for _ in range(2):
+        events: list[dict[str, Any]] = []
+        network = binary_network()
+        recipe = Recipe(compile=what, batch_size=10)
+        optimizer = build_optimizer(network, recipe)
+        step = TrainingStep(recipe, network, network, optimizer, on_cpu(events.append), classes=5)
+        step.compile([(10, 3, 28, 28)])
+        [note] = [event["text"] for event in events if event["kind"] == "note"]
+        assert f"train.compile={what} does not work here" in note
+        assert "no compiler here" in note
+        assert "\n" not in note
+        loss, _ = step(*batch(size=28), 0.01)
+        assert torch.isfinite(loss)
+
+
+def test_trying_the_compiler_leaves_no_trace_and_the_steps_are_the_same(monkeypatch):
+    """With a backend that runs the graph as it is: the arithmetic is that of torch itself."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, "backend": "eager"}))
+    fast, plain = (nn.Sequential(nn.BatchNorm2d(3), small_network()) for _ in range(2))
+    step = make_step(fast, compile="model", accumulation=3)
+    step.compile(SHAPES)
+    assert gradients(fast) == []
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, fast.state_dict()[name]), name
+    images, labels = batch()
+    for _ in range(2):
+        step(images, labels, 0.1)
+    other = make_step(plain, accumulation=3)
+    for _ in range(2):
+        other(images, labels, 0.1)
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(tensor, fast.state_dict()[name], atol=1e-6), name
+
+
+def test_all_sizes_of_a_growing_image_are_compiled_before_the_first_step(monkeypatch):
+    compiled, graphs = torch.compile, []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"backend": counting, "dynamic": False}
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, **options}))
+    step = make_step(small_network(), compile="model")
+    step.compile(SHAPES)
+    before = len(graphs)
+    assert before >= len(SHAPES)
+    for size in (8, 12, 8):
+        images, labels = batch(size=size)
+        step(images.contiguous(memory_format=torch.channels_last), labels, 0.01)
+    assert len(graphs) == before
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_torch_does():
+    fast, plain = (nn.Sequential(nn.BatchNorm2d(3), small_network()) for _ in range(2))
+    step, other = make_step(fast, compile="model"), make_step(plain)
+    step.compile([(10, 3, 8, 8)])
+    images, labels = batch()
+    images = images.contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        loss, _ = step(images, labels, 0.1)
+        expected, _ = other(images, labels, 0.1)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "precision": "bfloat16", "mixup": 0.2, "cutmix": 1.0},
+        {"precision": "float16", "momentum": 0.9, "nesterov": True, "clip_norm": 1.0},
+        {"optimizer": "adam", "precision": "float16", "accumulation": 2},
+        {"optimizer": "lamb", "loss": "square-hinge"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_no_step_waits_for_a_gpu(settings):
+    context = TrainContext(lambda event: None)
+    network = binary_network().to(context.device)
+    recipe = Recipe(**({"momentum": 0.0, "nesterov": False, "batch_size": 10} | settings))
+    optimizer = build_optimizer(network, recipe)
+    step = TrainingStep(recipe, network, network, optimizer, context, classes=5)
+    average = MovingAverage(network, decay=0.9)
+    images, labels = (tensor.to(context.device) for tensor in batch(size=28))
+    step(images, labels, 0.01)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3):
+            step(images, labels, 0.01)
+            average.update(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _callers(event) -> list[str]:
