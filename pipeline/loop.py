@@ -107,19 +107,10 @@ class _Training:
         self.watched = "validation" if recipe.validation else "test"
         self.watched_loader = self._open(self.watched)
 
-        model = build_model(experiment, manifest)
-        if sources is not None and sources.initial is not None:
-            from pipeline.weights import load_into
-
-            load_into(model, sources.initial)
+        model, teacher = build_model(experiment, manifest), None
+        if sources is not None:
+            teacher = self._begin_with(sources, model)
         model = channels_last(model.to(context.device))
-        teacher = None
-        if sources is not None and sources.teacher is not None:
-            from pipeline.weights import build_teacher
-
-            teacher = build_teacher(sources.teacher, experiment, manifest)
-            teacher = channels_last(teacher.to(context.device))
-            low_precision(teacher, recipe)
         optimizer = build_optimizer(model, recipe)
         self.average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         replica = context.wrap(model, sync_batchnorm=recipe.sync_batchnorm)
@@ -134,6 +125,18 @@ class _Training:
             images, channels = self.loader.images_per_step, manifest.channels
             sizes = data.training_sizes(recipe, manifest)
             self.step.compile([(images, channels, size, size) for size in sizes])
+
+    def _begin_with(self, sources: Sources, model: nn.Module) -> nn.Module | None:
+        """Give the network the weights that it begins with; return its teacher, if it has one."""
+        from pipeline.weights import build_teacher, load_into
+
+        if sources.initial is not None:
+            load_into(model, sources.initial)
+        if sources.teacher is None:
+            return None
+        teacher = build_teacher(sources.teacher, self.experiment, self.manifest)
+        low_precision(teacher, self.recipe)
+        return channels_last(teacher.to(self.context.device))
 
     def _open(self, split: str, *, training: bool = False) -> Loader:
         """This rank's batches of a split."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,8 @@ class TrainingStep:
         Args:
             shapes: that the images of this rank's share will have, (N, C, H, W).
         """
+        # It warns that there is no CUDA where there is none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         what, context = self._recipe.compile, self._context
         context.event("phase", text=f"compiling the {what} with torch.compile")
         if what == "model":
