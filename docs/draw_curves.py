@@ -1,6 +1,7 @@
 """Draw learning curves beside each other, and beside what is published of them.
 
-    python -m docs.draw_curves docs/lenet5.png mnist_lenet5_float_stadtmann2020 mnist_lenet5_binary
+    python -m docs.draw_curves docs/lenet5.png mnist_lenet5_float_stadtmann2020-lenet5 \\
+        mnist_lenet5_binary
 
 The curves are those of docs/curves.json, which `python -m docs.write_results RUNS` collects.
 """
@@ -26,7 +27,7 @@ COLORS = ("#1d4ed8", "#b45309", "#15803d", "#7e22ce", "#0f766e")
 #: Accuracy on held-out images by epoch, from the logs that Stadtmann et al. (ICMLA 2020) published
 #: with their code.
 PUBLISHED_POINTS = {
-    "mnist_lenet5_float_stadtmann2020": {10: 99.30, 100: 99.46, 200: 99.52},
+    "mnist_lenet5_float_stadtmann2020-lenet5": {10: 99.30, 100: 99.46, 200: 99.52},
     "mnist_lenet5_binary": {10: 98.52, 100: 98.98, 200: 98.95},
     "cifar10_vggnet7": {10: 76.60, 100: 93.34, 200: 93.82},
     "cifar10_vggnet7_binary": {10: 79.24, 100: 88.46, 200: 89.12},

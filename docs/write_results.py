@@ -148,7 +148,7 @@ def published_table(curves: dict[str, Record]) -> str:
         rows.append(
             f"| `{name}` | {curated.dataset} | {_epochs(run, curated.train.epochs)} | {top1} "
             f"| {best:.2f} at {1 + curve.index(best)}{held_out} | {curated.reference.top1:.2f} "
-            f"| {curated.reference.what}; {curated.reference.source} |"
+            f"| {curated.reference.text}; {curated.reference.source} |"
         )
     return "\n".join(rows)
 

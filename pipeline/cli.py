@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from pipeline.config import Experiment, PipelineError, nearest
 from pipeline.describe import console, describe, dry_run, list_parts
-from pipeline.experiments import check_parts, data_only, load_experiment
+from pipeline.experiments import check_parts, data_only, load_experiment, untuned_note
 from pipeline.settings import load_yaml, override, parse_overrides, without_effect
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
@@ -74,7 +74,7 @@ def _parser() -> _Parser:
         nargs="?",
         const="*",
         metavar="GLOB",
-        help="show experiments, data sets, networks, methods",
+        help="show experiments, data sets, networks, methods, recipes",
     )
     look.add_argument("--describe", metavar="NAME", help="settings, layers, bits, MACs, size")
     look.add_argument(
@@ -146,10 +146,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         _prepare(options)
         return 0
     experiment = _experiment(options)
-    if options.describe:
-        describe(experiment, options.yaml)
+    if options.yaml:
+        print(experiment.to_yaml(), end="")
+    elif options.describe:
+        describe(experiment, _notes(experiment, options))
     elif options.dry_run:
-        dry_run(experiment, options.settings)
+        dry_run(experiment, _notes(experiment, options))
     else:
         _run(experiment, options)
     return 0
@@ -159,7 +161,8 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     named = [name for name in ("experiment", "config", "describe") if getattr(options, name)]
     if len(named) != 1:
         if not named:
-            raise PipelineError("name an experiment: --experiment NAME; --list shows the catalog")
+            word = next((word for word in options.settings if "=" not in word), "NAME")
+            raise PipelineError(f"name an experiment: --experiment {word}; --list has the catalog")
         raise PipelineError(f"give one of --{' and --'.join(named)}, not both")
     if options.yaml and not options.describe:
         raise PipelineError("--yaml goes with --describe NAME")
@@ -173,6 +176,15 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     experiment = override(base, options.settings)
     check_parts(experiment)
     return experiment
+
+
+def _notes(experiment: Experiment, options: argparse.Namespace) -> list[str]:
+    """What is to be known of the experiment beforehand, a line each."""
+    notes = without_effect(experiment, options.settings)
+    untuned = untuned_note(experiment)
+    if options.config and untuned:
+        untuned = f"{experiment.name} is untuned: no curated experiment; recipe of {options.config}"
+    return [*notes, untuned] if untuned else notes
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -237,10 +249,8 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> None:
     from pipeline.stages import run
 
     display = Display(console())
-    for line in without_effect(experiment, options.settings):
+    for line in _notes(experiment, options):
         display.note(line)
-    if not experiment.tuned:
-        display.note(f"{experiment.name} is untuned: no curated recipe, the default one is used")
     if experiment.seeds > 1:
         results = run_seeds(experiment, resume=options.resume, display=display)
         table, uri, model = seeds_summary(results), results.tracking_uri, results.model

@@ -13,7 +13,7 @@ from data_prep.datasets import DATASETS, Dataset
 from models.registry import declared
 from pipeline.config import Experiment, PipelineError, flatten, nearest
 from pipeline.experiments import catalog, chapters
-from pipeline.settings import without_effect
+from pipeline.recipes import RECIPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,9 @@ def console() -> Console:
 
 
 def list_parts(pattern: str) -> None:
-    """Print the experiments, networks and methods that match a pattern, or explain the one.
+    """Print the experiments, networks, methods and recipes that match a pattern.
+
+    Of a data set, a network or a method that has that very name, print what is known of it.
 
     Raises:
         PipelineError: where nothing matches.
@@ -57,10 +59,14 @@ def list_parts(pattern: str) -> None:
             if fnmatch.fnmatch(part.name, pattern):
                 note = f" ({part.note})" if part.note else ""
                 tables[-1].add_row(part.name, part.summary + note)
+    tables.append(_table(("recipe", "what it is")))
+    for name, named in RECIPES.items():
+        if fnmatch.fnmatch(name, pattern):
+            tables[-1].add_row(name, named.what)
     if not any(table.row_count for table in tables):
         raise PipelineError(
-            f"no experiment, data set, network or method matches {pattern!r}"
-            f"{nearest(pattern, [*catalog(), *DATASETS])}"
+            f"no experiment, data set, network, method or recipe matches {pattern!r}"
+            f"{nearest(pattern, [*catalog(), *DATASETS, *RECIPES])}"
         )
     screen = console()
     for table in tables:
@@ -83,7 +89,7 @@ def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
 
 def _experiments(pattern: str) -> list[Table]:
     """A table for each chapter of the catalog, with columns of the same width."""
-    titles = ("experiment", "reproduces", "top-1", "top-5")
+    titles = ("experiment", "what it is", "top-1", "top-5")
     found = {
         title: [entry for entry in entries if fnmatch.fnmatch(entry.name, pattern)]
         for title, entries in chapters().items()
@@ -98,7 +104,7 @@ def _experiments(pattern: str) -> list[Table]:
             assert entry.reference is not None
             accuracies = (entry.reference.top1, entry.reference.top5)
             published = ["-" if value is None else f"{value:.2f}" for value in accuracies]
-            table.add_row(entry.name, entry.reference.what, *published)
+            table.add_row(entry.name, entry.reference.text, *published)
         tables.append(table)
     return tables
 
@@ -158,24 +164,23 @@ def _explain(name: str) -> None:
         screen.print(table)
 
 
-def describe(experiment: Experiment, as_yaml: bool) -> None:
-    """Print the settings of an experiment, its layers and what they cost; or its YAML."""
-    if as_yaml:
-        print(experiment.to_yaml(), end="")
-        return
+def describe(experiment: Experiment, notes: Sequence[str]) -> None:
+    """Print notes, then the settings of an experiment, its layers and what they cost."""
     import models
 
     screen = console()
-    note = models.backbone_note(experiment.backbone)
-    if note:
-        screen.print(f"{experiment.backbone}: {note}", markup=False)
+    about = models.backbone_note(experiment.backbone)
+    if about:
+        notes = [*notes, f"{experiment.backbone}: {about}"]
+    for note in notes:
+        screen.print(note, markup=False)
     for key, value in flatten(experiment.model_dump(mode="json")).items():
         screen.print(f"{key:<28}{'none' if value is None else value}", markup=False)
     _print_layers(screen, experiment)
 
 
 def _print_layers(screen: Console, experiment: Experiment) -> None:
-    profile = _profile(experiment)
+    profile, image_size = _profile(experiment)
     sizes = ("parameters", "bits", "MACs", "stored bytes")
     titles = ("layer", "kind", "output", "parameters", "bits", "scheme", "MACs", "stored bytes")
     table = _table(titles, right=sizes)
@@ -202,12 +207,12 @@ def _print_layers(screen: Console, experiment: Experiment) -> None:
         f"{profile.stored_bytes:,}",
     )
     screen.print(table)
-    for line in _costs(profile):
+    for line in _costs(profile, image_size):
         screen.print(line)
 
 
-def _costs(profile: Profile) -> list[str]:
-    """What the layers add up to, where it is more than the sum of a column."""
+def _costs(profile: Profile, image_size: int) -> list[str]:
+    """What the layers add up to for images of a size, where it is more than a column's sum."""
     learned = f"{profile.learned:,} learned"
     if profile.frozen:
         learned += f", {profile.frozen:,} frozen"
@@ -221,7 +226,7 @@ def _costs(profile: Profile) -> list[str]:
     for name, size in profile.by_format.items():
         if size < profile.stored_bytes:
             stored += f"; {size:,} as {name}"
-    operations = f"MACs       {profile.macs:,}"
+    operations = f"MACs       {profile.macs:,} at {image_size}x{image_size}"
     if profile.nominal_macs != profile.macs:
         operations += f", {profile.nominal_macs:,} with those by padding alone and by the zeros "
         operations += "around patterns in a larger kernel"
@@ -239,13 +244,15 @@ def _costs(profile: Profile) -> list[str]:
     ]
 
 
-def _profile(experiment: Experiment) -> Profile:
+def _profile(experiment: Experiment) -> tuple[Profile, int]:
+    """The network in evaluation and use, and the height and width of its images there."""
     import models
-    from pipeline.inputs import dataset_of, image_size
+    from pipeline.inputs import dataset_of, evaluation_size
     from pipeline.loop import build_model
 
     dataset = dataset_of(experiment)
-    return models.profile(build_model(experiment, dataset), image_size(experiment.train, dataset))
+    size = evaluation_size(experiment.train, dataset)
+    return models.profile(build_model(experiment, dataset), size), size
 
 
 def _changed_layers(profile: Profile) -> list[str]:
@@ -261,45 +268,87 @@ def _changed_layers(profile: Profile) -> list[str]:
     return lines or ["all float32"]
 
 
-def dry_run(experiment: Experiment, settings: Sequence[str]) -> None:
-    """Print what a run would do. Writes nothing."""
-    from pipeline.inputs import source_options, training_images
-    from pipeline.materials import check, rate_note
+def dry_run(experiment: Experiment, notes: Sequence[str]) -> None:
+    """Print notes, then what a run would do. Writes nothing."""
+    from pipeline.materials import check
 
     dataset = check(experiment)
-    import data_prep
     import models
-    from pipeline import launch
 
-    lines = [("note", line) for line in without_effect(experiment, settings)]
+    lines = [("note", note) for note in notes]
+    lines += _planned_weights(experiment)
+    lines.append(("prepare", _planned_data(experiment, dataset)))
+    lines += _planned_training(experiment, dataset)
+    lines += [("layers", line) for line in _changed_layers(_profile(experiment)[0])]
+    about = models.backbone_note(experiment.backbone)
+    if about:
+        lines.append(("note", f"{experiment.backbone}: {about}"))
+    lines += _planned_places(experiment)
+    screen = console()
+    for name, text in [*lines, ("", "nothing was written")]:
+        screen.print(f"{name:<9}{text}", markup=False)
+
+
+def _planned_weights(experiment: Experiment) -> list[tuple[str, str]]:
+    """Where the weights come from that the experiment names."""
+    sources = {"from": experiment.init_from, "of the teacher": experiment.train.teacher}
+    if not any(sources.values()):
+        return []
+    from pipeline.weight_sources import whereabouts
+
+    return [
+        ("weights", f"{use} {source}, {whereabouts(source, experiment)}")
+        for use, source in sources.items()
+        if source is not None
+    ]
+
+
+def _planned_data(experiment: Experiment, dataset: Dataset) -> str:
+    import data_prep
+    from pipeline.inputs import source_options
+
     try:
         plan = data_prep.plan(dataset, **source_options(experiment))
     except data_prep.DataError as error:
         raise PipelineError(str(error)) from None
     files = ", ".join(f"{name} ({size:,} bytes)" for name, size in plan.files.items())
     how = "ready in" if plan.ready else f"would be made from {plan.source} in"
-    lines.append(("prepare", f"{files} {how} {plan.folder}"))
-    epochs, batch = experiment.train.epochs, experiment.train.batch_size
+    return f"{files} {how} {plan.folder}"
+
+
+def _planned_training(experiment: Experiment, dataset: Dataset) -> list[tuple[str, str]]:
+    """How many runs of how many steps, where, and at which rate."""
+    from pipeline import launch
+    from pipeline.inputs import training_images
+    from pipeline.materials import rate_note
+
+    lines = []
+    epochs, batch, seeds = experiment.train.epochs, experiment.train.batch_size, experiment.seeds
     steps = (training_images(experiment, dataset) or 0) // batch
+    total = f"{seeds * epochs * steps:,} in all"
+    if seeds > 1:
+        last = experiment.seed + seeds - 1
+        lines.append(("seeds", f"{seeds} runs, seeds {experiment.seed} to {last}"))
+        total += f" {seeds} runs"
     where = launch.planned_workers(experiment).description
-    total = f"{epochs * steps:,} in all, on {where}"
-    lines.append(("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}"))
+    lines.append(
+        ("train", f"{epochs} epochs of {steps:,} steps of {batch} images, {total}, on {where}")
+    )
     rate = rate_note(experiment.train)
     if rate is not None:
         lines.append(("train", rate))
-    lines += [("layers", line) for line in _changed_layers(_profile(experiment))]
-    note = models.backbone_note(experiment.backbone)
-    if note:
-        lines.append(("note", f"{experiment.backbone}: {note}"))
+    return lines
+
+
+def _planned_places(experiment: Experiment) -> list[tuple[str, str]]:
+    """Where a run would be kept."""
     runs = experiment.tracking.runs.absolute()
-    folder = runs / experiment.name
-    lines.append(("run", f"a new folder in {folder}, a checkpoint per epoch"))
+    folders = "a new folder" if experiment.seeds == 1 else "a folder for each, and one for all,"
+    lines = [("run", f"{folders} in {runs / experiment.name}, a checkpoint per epoch")]
     if experiment.tracking.enabled:
         uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
         address = re.sub("//[^/@]*@", "//", uri) if uri else runs / "mlflow.db"
         lines.append(("track", f"MLflow, {address}"))
         if experiment.tracking.register_model:
             lines.append(("register", f"models:/{experiment.name}"))
-    screen = console()
-    for name, text in [*lines, ("", "nothing was written")]:
-        screen.print(f"{name:<9}{text}", markup=False)
+    return lines

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import data_prep
+from data_prep.datasets import Normalization
 from pipeline import inputs, launch
 from pipeline.checkpoint import run_identity
 from pipeline.config import Experiment, PipelineError, Recipe
@@ -51,9 +52,9 @@ def gather(experiment: Experiment, display: Display) -> Materials:
     """
     dataset = check(experiment)
     sources = _find_weights(experiment, display)
+    _try_weights(experiment, dataset, sources, display)
     store = _open_tracking(experiment)
     manifest = prepare(experiment, dataset, display)
-    _try_weights(experiment, manifest, sources, display)
     return Materials(display, manifest, store, sources)
 
 
@@ -70,13 +71,16 @@ def _find_weights(experiment: Experiment, display: Display) -> Sources:
 
 
 def _try_weights(
-    experiment: Experiment, manifest: Manifest, sources: Sources, display: Display
+    experiment: Experiment, dataset: Dataset, sources: Sources, display: Display
 ) -> None:
-    """Say what the weights are for, or refuse them, here and not on every worker."""
+    """Say what the weights are for, or refuse them: here, before the data, not on every worker."""
     if sources.initial is not None:
-        display.stage("weights", load_into(build_model(experiment, manifest), sources.initial))
+        display.stage("weights", load_into(build_model(experiment, dataset), sources.initial))
     if sources.teacher is not None:
-        build_teacher(sources.teacher, experiment, manifest)
+        if dataset.normalization is None:  # will be measured; whether weights fit, it does not say
+            stand_in = Normalization((0.0,) * dataset.channels, (1.0,) * dataset.channels)
+            dataset = replace(dataset, normalization=stand_in)
+        build_teacher(sources.teacher, experiment, dataset)
         display.stage("weights", f"distilling from {sources.teacher.origin}")
 
 

@@ -1,13 +1,16 @@
 """Named recipes, each derived from another by replacing fields.
 
 ``RECIPES`` are those that an experiment's name may end with. A paper's recipe holds its
-augmentation and normalization too, so it means the same on every data set.
+augmentation and normalization too, so it means the same on every data set. The last, incomplete
+batch of an epoch is left out here, in all of them; the authors keep it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from models.calls import parse_calls
 from pipeline.config import Recipe
 
 
@@ -97,7 +100,7 @@ TORCHVISION = derive(
 )
 
 #: LeNet5 in float on MNIST (Stadtmann et al. 2020). The paper counts epochs from 1: 15 and 25.
-STADTMANN2020 = derive(
+STADTMANN2020_LENET5 = derive(
     _PAPER,
     epochs=500,
     batch_size=50,
@@ -111,13 +114,13 @@ STADTMANN2020 = derive(
 )
 
 #: Binary LeNet5 on MNIST: a constant rate.
-STADTMANN2020_BINARY_LENET5 = derive(
-    STADTMANN2020, momentum=0.99, weight_decay=0, schedule="constant", milestones=()
+STADTMANN2020_LENET5_BINARY = derive(
+    STADTMANN2020_LENET5, momentum=0.99, weight_decay=0, schedule="constant", milestones=()
 )
 
 #: VGGNet7 in float on CIFAR-10.
 STADTMANN2020_VGGNET7 = derive(
-    STADTMANN2020,
+    STADTMANN2020_LENET5,
     batch_size=100,
     validation=5_000,
     lr=0.1,
@@ -129,7 +132,7 @@ STADTMANN2020_VGGNET7 = derive(
 )
 
 #: Binary VGGNet7 on CIFAR-10.
-STADTMANN2020_BINARY_VGGNET7 = derive(
+STADTMANN2020_VGGNET7_BINARY = derive(
     STADTMANN2020_VGGNET7,
     batch_size=50,
     optimizer="adam",
@@ -185,9 +188,11 @@ JU2022_SVHN = derive(
 def _imagenet(epochs: int) -> Recipe:
     """ImageNet in few epochs: images that grow, a smoothed loss, blur, an average of the weights.
 
-    After the recipes of FFCV (Leclerc et al. 2022, libffcv/ffcv-imagenet), which have no average.
-    Images grow from 160 to 192 pixels late in training and are tested at 224, since a random window
-    shows things larger than the whole image does (Touvron et al., NeurIPS 2019).
+    After the recipes of FFCV (Leclerc et al. 2022, libffcv/ffcv-imagenet). Theirs have a rate that
+    falls linearly instead of as a cosine, no Nesterov momentum, no average of the weights, and a
+    test at 256 pixels. Images grow from 160 to 192 pixels late in training and are tested at 224,
+    since a random window shows things larger than the whole image does (Touvron et al., NeurIPS
+    2019).
     """
     return Recipe(
         epochs=epochs,
@@ -208,44 +213,142 @@ def _imagenet(epochs: int) -> Recipe:
     )
 
 
-def _finetuned(recipe: Recipe) -> Recipe:
-    """From float weights: the optimizer of He et al. 2018, whose rate is for 256 images.
-
-    Without blur, with which the float weights were not trained.
-    """
-    return derive(
-        recipe,
-        optimizer="adam",
-        lr=1e-4,
-        weight_decay=5e-6,
-        warmup_epochs=0,
-        blurpool=False,
-    )
-
-
-_SHORT = {f"{epochs}ep": _imagenet(epochs) for epochs in (16, 32, 88)}
-
 #: The ending of the names of recipes that begin with float weights.
 FINETUNE = "-finetune"
 
-#: Recipes that an experiment's name may end with.
-RECIPES: dict[str, Recipe] = {
-    **_SHORT,
-    **{f"{name}{FINETUNE}": _finetuned(recipe) for name, recipe in _SHORT.items()},
-    "torchvision": TORCHVISION,
-    "kyrkou2024": KYRKOU2024,
-    "he2018": HE2018,
-    f"he2018{FINETUNE}": HE2018_FINETUNE,
-    "stadtmann2020": STADTMANN2020,
-    "stadtmann2020-binary": STADTMANN2020_BINARY_VGGNET7,
-    f"stadtmann2020{FINETUNE}": STADTMANN2020_BINARY_VGGNET7,
-    **{
-        f"bin{pull}": derive(STADTMANN2020_BINARY_VGGNET7, latent_regularization=float(pull))
-        for pull in LATENT_PULLS
+#: Epochs of our recipes for ImageNet, which differ by network and method.
+_SHORT = {"16ep": 16, "32ep": 32, "88ep": 88}
+
+#: What a method changes of them from scratch. Blur would stand in front of what is binary or
+#: frozen.
+_FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "step": {"blurpool": False},
+    "binary": {
+        "optimizer": "adam",
+        "lr": 2.5e-4,
+        "weight_decay": 1e-5,
+        "latent_weight_decay": 0,
+        "blurpool": False,
     },
-    "kundu2020": KUNDU2020,
-    "ju2022": JU2022,
 }
+
+#: What all change from float weights, which were trained without blur.
+_FINETUNED: dict[str, Any] = {"lr": 0.01, "warmup_epochs": 1, "blurpool": False}
+
+#: What a method changes beyond that. Float weights have a deviation of about 0.02, so that larger
+#: steps of Adam would turn the signs of most of them at once.
+_FROM_FLOAT: dict[str, dict[str, Any]] = {
+    "ternary": {"optimizer": "adam", "lr": 2e-4, "lr_batch_size": None, "weight_decay": 5e-6},
+    "binary": {
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "lr_batch_size": None,
+        "warmup_epochs": 2,
+        "weight_decay": 5e-6,
+        "latent_weight_decay": 0,
+    },
+}
+
+
+def named_recipe(name: str, backbone: str, method: str) -> Recipe:
+    """The recipe of that name, in the form that it has for a network and a method.
+
+    Only those for ImageNet in 16, 32 and 88 epochs have several forms.
+
+    Args:
+        name: in ``RECIPES``.
+        backbone: its name, without arguments.
+        method: call string.
+
+    Raises:
+        ModelError: the method cannot be read.
+    """
+    from_float = name.endswith(FINETUNE)
+    epochs = _SHORT.get(name.removesuffix(FINETUNE))
+    if epochs is None:
+        return RECIPES[name].recipe
+    families = [call.name.partition("-")[0] for call in parse_calls(method)]
+    changes = dict(_FINETUNED) if from_float else {}
+    if backbone == "resnet18":
+        changes["weight_decay"] = 5e-5  # as FFCV has it
+    for family, own in (_FROM_FLOAT if from_float else _FROM_SCRATCH).items():
+        if family in families:
+            changes |= own
+    return derive(_imagenet(epochs), **changes)
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A recipe that an experiment's name may end with, and what it is, in a line."""
+
+    recipe: Recipe
+    what: str
+
+
+def _named() -> dict[str, NamedRecipe]:
+    recipes: dict[str, NamedRecipe] = {}
+    for name, epochs in _SHORT.items():
+        what = f"our own for ImageNet: {epochs} epochs, images that grow; SGD, with binary Adam"
+        recipes[name] = NamedRecipe(named_recipe(name, "resnet50", "float"), what)
+    for name, epochs in _SHORT.items():
+        what = f"our own for ImageNet from float weights: {epochs} epochs; SGD, with ternary or "
+        recipe = named_recipe(f"{name}{FINETUNE}", "resnet50", "float")
+        recipes[f"{name}{FINETUNE}"] = NamedRecipe(recipe, f"{what}binary Adam")
+    for name, (recipe, what) in _OF_OTHERS.items():
+        recipes[name] = NamedRecipe(recipe, what)
+    for pull in LATENT_PULLS:
+        recipe = derive(STADTMANN2020_VGGNET7_BINARY, latent_regularization=float(pull))
+        what = f"stadtmann2020-vggnet7-binary with latent weights pulled to -1 and +1 by {pull}"
+        recipes[f"bin{pull}"] = NamedRecipe(recipe, what)
+    return recipes
+
+
+#: Recipes by others, and what each is for.
+_OF_OTHERS: dict[str, tuple[Recipe, str]] = {
+    "torchvision": (TORCHVISION, "ImageNet: 90 epochs of SGD, as of torchvision's weights V1"),
+    "kyrkou2024": (KYRKOU2024, "STeP, all data sets: 200 epochs of SGD, cosine"),
+    "he2018": (HE2018, "ternary weights on CIFAR-10: 200 epochs of SGD, three drops"),
+    f"he2018{FINETUNE}": (
+        HE2018_FINETUNE,
+        "ternary weights on ImageNet: 50 epochs of Adam from float weights",
+    ),
+    "stadtmann2020-lenet5": (
+        STADTMANN2020_LENET5,
+        "LeNet5 in float on MNIST: 500 epochs of SGD, two drops, square hinge",
+    ),
+    "stadtmann2020-lenet5-binary": (
+        STADTMANN2020_LENET5_BINARY,
+        "binary LeNet5 on MNIST: 500 epochs of SGD at a constant rate, square hinge",
+    ),
+    "stadtmann2020-vggnet7": (
+        STADTMANN2020_VGGNET7,
+        "VGGNet7 in float on CIFAR-10, mirrored images: 500 epochs of SGD, square hinge",
+    ),
+    "stadtmann2020-vggnet7-binary": (
+        STADTMANN2020_VGGNET7_BINARY,
+        "binary VGGNet7 on CIFAR-10, mirrored images: 500 epochs of Adam, four drops",
+    ),
+    f"stadtmann2020-vggnet7-binary{FINETUNE}": (
+        STADTMANN2020_VGGNET7_BINARY,
+        "binary VGGNet7 on CIFAR-10 from float weights: 500 epochs of Adam, four drops",
+    ),
+    "kundu2020": (
+        KUNDU2020,
+        "sparse kernels of one or two weights on CIFAR-10: 120 epochs of SGD, batches of 64",
+    ),
+    "kundu2020-150ep": (
+        KUNDU2020_150EP,
+        "sparse kernels of four weights on CIFAR-10: 150 epochs of SGD, batches of 128",
+    ),
+    "ju2022": (JU2022, "ThreshNet, TripleNet on CIFAR-10: 200 epochs of Adam, mirrored images"),
+    "ju2022-svhn": (
+        JU2022_SVHN,
+        "ThreshNet, TripleNet on SVHN: 60 epochs of Adam, constant rate",
+    ),
+}
+
+#: Recipes that an experiment's name may end with; ``named_recipe`` has their other forms.
+RECIPES: dict[str, NamedRecipe] = _named()
 
 #: Torchvision's float weights for ImageNet by backbone, with whose names of parameters ours agree.
 FLOAT_WEIGHTS = {

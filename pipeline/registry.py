@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config import Data, Experiment, PipelineError, Scaling, Tracking, nearest
-from pipeline.stores import TrackingStore, reason, store_errors
+from pipeline.stores import NotRegisteredError, TrackingStore, reason, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -189,11 +189,11 @@ def _find_version(store: TrackingStore, name: str, wanted: str, *, is_alias: boo
             raise
         names = [model.name for model in store.client.search_registered_models()]
         hint = nearest(name, names) if names else "; it has none"
-        raise PipelineError(f"{store.uri} has no registered model {name}{hint}") from None
+        raise NotRegisteredError(f"{store.uri} has no registered model {name}{hint}") from None
     if is_alias:
         if wanted not in registered.aliases:
             hint = nearest(wanted, registered.aliases) if registered.aliases else "; it has none"
-            raise PipelineError(f"registered model {name} has no alias {wanted}{hint}")
+            raise NotRegisteredError(f"registered model {name} has no alias {wanted}{hint}")
         return str(registered.aliases[wanted])
     numbers = [int(found.version) for found in store.client.search_model_versions(f"name='{name}'")]
     if int(wanted) not in numbers:

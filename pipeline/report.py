@@ -156,8 +156,9 @@ def summary(result: Result) -> Table:
     figures = record(result)
     table.add_row("top-1", _accuracy(figures) + _published(experiment))
     best = _best_test_epoch(history)
-    if experiment.tuned and best not in (None, result.kept_epoch):
-        habit = ", as the paper reports it" if _is_of_best_epoch(experiment) else ""
+    if experiment.reference is not None and best not in (None, result.kept_epoch):
+        is_habit = experiment.reference.best_on == "test"
+        habit = ", as the paper reports it" if is_habit else ""
         top1 = f"{figures['best_top1']:.2f} % at epoch {best} on the test images{habit}"
         table.add_row(f"best of {len(history)}", top1)
     if experiment.train.validation:
@@ -214,21 +215,18 @@ def _accuracy(figures: Mapping[str, Any]) -> str:
 
 
 def _published(experiment: Experiment) -> str:
-    """The figure to compare with, in parentheses; empty where there is none."""
+    """The figure to compare with, in parentheses; empty where there is none.
+
+    Nothing compares with what made-up images give.
+    """
     reference = experiment.reference
-    if reference is None:
+    if reference is None or experiment.data.synthetic is not None:
         return ""
     figures = {"": reference.top1, "top-5 ": reference.top5}
     named = [f"{name}{figure:.2f} %" for name, figure in figures.items() if figure is not None]
     if not named:
         return ""
-    return f" (published {', '.join(named)}: {reference.what}; {reference.source})"
-
-
-def _is_of_best_epoch(experiment: Experiment) -> bool:
-    """Whether the published figure is that of the best epoch on the test images."""
-    reference = experiment.reference
-    return reference is not None and "on the test set" in reference.what
+    return f" (published {', '.join(named)}: {reference.text}; {reference.source})"
 
 
 def _stored(figures: Mapping[str, Any]) -> str:

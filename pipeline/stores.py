@@ -101,6 +101,10 @@ def reason(error: Exception) -> str:
     return without_passwords.split("\n", 1)[0][:200] or type(error).__name__
 
 
+class NotRegisteredError(PipelineError):
+    """The registry has no such model, or no version of it under that alias."""
+
+
 @contextlib.contextmanager
 def store_errors(doing: str) -> Iterator[None]:
     """Turn what MLflow raises into a PipelineError that begins with `doing`."""

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import pickle
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import CheckpointError, CheckpointStore, kept_epoch
 from pipeline.config import Experiment, PipelineError, nearest
+from pipeline.experiments import catalog
 from pipeline.settings import build_experiment, load_yaml
 from pipeline.weights import Weights, classification_weights
 
@@ -39,6 +41,9 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _STATE_KEYS = ("state_dict", "model")
 
 _SUFFIXES = (".safetensors", ".pt", ".pth")
+
+#: How the name of a version in the registry begins.
+_REGISTRY = "models:"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def resolve(source: str, experiment: Experiment, tell: Callable[[str], None] = p
     """
     path = Path(source).expanduser()
     try:
-        if source.startswith("models:"):
+        if source.startswith(_REGISTRY):
             found = _from_registry(source, experiment)
         elif path.is_dir():
             found = _from_run(source, path)
@@ -87,7 +92,33 @@ def resolve(source: str, experiment: Experiment, tell: Callable[[str], None] = p
     return Weights(source, found.origin, file, digest, found.experiment, found.torchvision)
 
 
-def _from_torchvision(source: str, tell: Callable[[str], None]) -> _Found:
+def whereabouts(source: str, experiment: Experiment) -> str:
+    """Where `resolve` would find a source, as far as it can be told without asking anybody.
+
+    Raises:
+        PipelineError: there is no such thing.
+    """
+    path = Path(source).expanduser()
+    if source.startswith(_REGISTRY):
+        tracking = experiment.tracking
+        is_default = not (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        if is_default and not (tracking.runs / "mlflow.db").exists():
+            return f"which is not there: there is no registry{_how_to_train(source)}"
+        return "which is looked up when the run begins"
+    if path.exists():
+        return "which is there"
+    file = _hub_file(_torchvision_entry(source))
+    return f"in {file}" if file.exists() else f"which would be downloaded to {file.parent}"
+
+
+def _how_to_train(source: str) -> str:
+    """What to do about a model that is not in the registry, where the catalog makes it."""
+    name = re.split("[@/]", source.removeprefix(f"{_REGISTRY}/"))[0]
+    return f"; train it first: --experiment {name}" if name in catalog() else ""
+
+
+def _torchvision_entry(source: str) -> WeightsEnum:
+    """Torchvision's weights of that name."""
     known = classification_weights()
     if source not in known:
         if "/" in source or source.endswith(_SUFFIXES):
@@ -98,16 +129,25 @@ def _from_torchvision(source: str, tell: Callable[[str], None]) -> _Found:
             f"{source!r} is no file, no run folder, no models:/NAME@ALIAS, and none of "
             f"torchvision's weights for classification{hint or nearest(source, known)}"
         )
-    _, entry = known[source]
+    return known[source][1]
+
+
+def _from_torchvision(source: str, tell: Callable[[str], None]) -> _Found:
+    entry = _torchvision_entry(source)
     name = str(entry)
     tensors = _read_pickle(_downloaded(entry, tell))
     origin = source if source == name else f"{source} ({name})"
     return _Found(tensors, origin, torchvision=name)
 
 
+def _hub_file(entry: WeightsEnum) -> Path:
+    """Where torch's hub folder has the file of torchvision's weights, or would have it."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(entry.url).path).name)
+
+
 def _downloaded(entry: WeightsEnum, tell: Callable[[str], None]) -> Path:
     """The file of torchvision's weights in torch's hub folder, fetched if it is not there."""
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(entry.url).path).name)
+    file = _hub_file(entry)
     if file.exists():
         return file
     tell(f"downloading {entry.url} to {file.parent}")
@@ -128,11 +168,14 @@ def _downloaded(entry: WeightsEnum, tell: Callable[[str], None]) -> Path:
 
 def _from_registry(source: str, experiment: Experiment) -> _Found:
     from pipeline.registry import fetch_training
-    from pipeline.stores import open_tracking
+    from pipeline.stores import NotRegisteredError, open_tracking
 
     store = open_tracking(experiment.tracking.uri, experiment.tracking.runs.absolute())
     with tempfile.TemporaryDirectory(prefix="ternforge-") as scratch:
-        fetched = fetch_training(source, store, Path(scratch))
+        try:
+            fetched = fetch_training(source, store, Path(scratch))
+        except NotRegisteredError as error:
+            raise PipelineError(f"{error}{_how_to_train(source)}") from None
         try:
             tensors = _read_file(fetched.weights)
             trained = load_yaml(fetched.experiment)

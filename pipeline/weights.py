@@ -26,7 +26,7 @@ from pipeline.config import Experiment, PipelineError
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
-    from data_prep import Manifest
+    from data_prep import Dataset, Manifest
 
 #: Batch norms count their batches; old files do not have it, and nothing here reads it.
 _COUNTER = "num_batches_tracked"
@@ -220,7 +220,9 @@ class Teacher(nn.Module):
         return logits.float()
 
 
-def build_teacher(weights: Weights, experiment: Experiment, manifest: Manifest) -> nn.Module:
+def build_teacher(
+    weights: Weights, experiment: Experiment, images: Dataset | Manifest
+) -> nn.Module:
     """The teacher that has the weights, for an experiment's images and classes, on the CPU.
 
     It is a Teacher: images as the student gets them, to logits float32.
@@ -230,18 +232,19 @@ def build_teacher(weights: Weights, experiment: Experiment, manifest: Manifest) 
 
     Args:
         experiment: of the student.
-        manifest: of its prepared data.
+        images: its data set, or the manifest of its prepared data.
 
     Raises:
         PipelineError: it is not known which network has the weights, it tells other classes apart,
             or it does not take the student's images.
     """
-    own = manifest.normalization
+    own = images.normalization
+    assert own is not None, "of a folder of the user's own it has to be measured first"
     given = named_normalization(experiment.train.normalization, own)
     if weights.torchvision is not None:
-        network, wanted = _torchvision_network(weights, weights.torchvision, manifest)
+        network, wanted = _torchvision_network(weights, weights.torchvision, images)
     elif weights.experiment is not None:
-        network = _trained_network(weights, weights.experiment, experiment, manifest)
+        network = _trained_network(weights, weights.experiment, experiment, images)
         wanted = named_normalization(weights.experiment.train.normalization, own)
     else:
         raise PipelineError(
@@ -249,9 +252,9 @@ def build_teacher(weights: Weights, experiment: Experiment, manifest: Manifest) 
             "run folder, models:/NAME@ALIAS, or torchvision's weights"
         )
     recipe = experiment.train
-    for size in {inputs.first_image_size(recipe, manifest), inputs.image_size(recipe, manifest)}:
+    for size in {inputs.first_image_size(recipe, images), inputs.image_size(recipe, images)}:
         try:
-            trace(network, (manifest.channels, size, size))
+            trace(network, (images.channels, size, size))
         except (models.ModelError, AssertionError) as error:  # the latter from torchvision's
             raise PipelineError(
                 f"teacher {weights.origin} does not take the images of {size} pixels: {error}"
@@ -260,7 +263,7 @@ def build_teacher(weights: Weights, experiment: Experiment, manifest: Manifest) 
 
 
 def _trained_network(
-    weights: Weights, trained: Experiment, student: Experiment, manifest: Manifest
+    weights: Weights, trained: Experiment, student: Experiment, images: Dataset | Manifest
 ) -> nn.Module:
     """A network of ours that was trained on the student's data set."""
     from pipeline.loop import build_model
@@ -270,23 +273,23 @@ def _trained_network(
             f"teacher {weights.origin} was trained on {trained.dataset}, whose classes are not "
             f"those of {student.dataset}"
         )
-    network = build_model(trained, manifest)
+    network = build_model(trained, images)
     _load(network, weights, weights.read())
     return models.fold(network)
 
 
 def _torchvision_network(
-    weights: Weights, full_name: str, manifest: Manifest
+    weights: Weights, full_name: str, images: Dataset | Manifest
 ) -> tuple[nn.Module, Normalization]:
     """A network of torchvision, and the normalization that it was trained with."""
     name, entry = classification_weights()[full_name]
     classes = len(entry.meta["categories"])
     if name in _NORMALIZE_THEMSELVES:
         raise PipelineError(f"torchvision's {name} cannot be a teacher: take another network")
-    if (manifest.channels, manifest.classes) != (3, classes):
+    if (images.channels, images.classes) != (3, classes):
         raise PipelineError(
             f"teacher {weights.origin} tells {classes:,} classes of color images apart; here are "
-            f"{manifest.classes:,}, {manifest.channels} channel(s)"
+            f"{images.classes:,}, {images.channels} channel(s)"
         )
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced at once
         network = torchvision.models.get_model(name, weights=None, num_classes=classes)

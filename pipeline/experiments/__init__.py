@@ -2,8 +2,9 @@
 
 A name is ``<dataset>_<backbone>[_<method>[_<recipe>]]``, parts without underscores. Every module of
 this package lists curated experiments in ``EXPERIMENTS`` below a ``TITLE``; any other legal name
-gets the recipe that it says, or else the default one, and is marked untuned. A curated name is
-free in what follows the backbone, where a paper's row has more to it than the grammar can say.
+gets the recipe that it says, or else the default one, and is marked untuned. Method ``float``
+alone adds nothing: ``cifar10_resnet50_float`` is the curated ``cifar10_resnet50``. A curated name
+is free in what follows the backbone, where a paper's row has more to it than the grammar can say.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from data_prep.datasets import DATASETS, DataError, Dataset, get_dataset
 from models.calls import ModelError
 from pipeline.config import Experiment, PipelineError, Recipe, nearest
-from pipeline.recipes import FINETUNE, RECIPES, default_recipe, float_weights
+from pipeline.recipes import FINETUNE, RECIPES, default_recipe, float_weights, named_recipe
 from pipeline.settings import build_experiment, override
 
 if TYPE_CHECKING:
@@ -54,7 +55,18 @@ def load_experiment(name: str, overrides: Iterable[str] = ()) -> Experiment:
         PipelineError: for an unknown name (with the nearest one), key or value.
     """
     curated = catalog().get(name)
+    if curated is None and name.count("_") == 2:
+        curated = catalog().get(name.removesuffix("_float"))
     return override(curated if curated else _from_grammar(name), overrides)
+
+
+def untuned_note(experiment: Experiment) -> str | None:
+    """What is to be said of an experiment that the grammar has made; None of a curated one."""
+    if experiment.tuned:
+        return None
+    named = experiment.name.split("_")[3:]
+    recipe = f"recipe {named[0]} as named" if named else "the default recipe"
+    return f"{experiment.name} is untuned: no curated experiment; {recipe}"
 
 
 def data_only(name: str) -> Experiment:
@@ -151,25 +163,27 @@ def _from_grammar(name: str) -> Experiment:
                 "backbone": backbone,
                 "method": method,
                 "init_from": _start(dataset, backbone, recipe),
-                "train": _recipe(dataset, method, recipe),
+                "train": _recipe(dataset, backbone, method, recipe),
             }
         )
         row = get_dataset(dataset)
         # Settings behind the name say where a folder of the user's own is; it is checked then.
         check_parts(experiment, replace(row, classes=2) if row.classes is None else row)
-    except (PipelineError, DataError) as error:
+    except (PipelineError, DataError, ModelError) as error:
         raise PipelineError(f"cannot make experiment {name!r}: {error}") from None
     return experiment
 
 
-def _recipe(dataset: str, method: str, name: str | None) -> Recipe:
+def _recipe(dataset: str, backbone: str, method: str, name: str | None) -> Recipe:
     if method in RECIPES:
-        raise PipelineError(f"{method} is a recipe, and a recipe stands behind a method, as float")
+        raise PipelineError(
+            f"a recipe stands behind a method; did you mean {dataset}_{backbone}_float_{method}?"
+        )
     if name is None:
         return default_recipe(dataset)
     if name not in RECIPES:
         raise PipelineError(f"unknown recipe {name!r}{nearest(name, RECIPES)}")
-    return RECIPES[name]
+    return named_recipe(name, backbone, method)
 
 
 def _start(dataset: str, backbone: str, recipe: str | None) -> str | None:

@@ -60,14 +60,15 @@ _TITLES = {"alexnet": "AlexNet"} | {
 
 def _on_cifar10(backbone: str, method: str, top1: float) -> Experiment:
     call, what = _METHODS[method]
-    what = f"{_TITLES[backbone]}{what}; best of 200 epochs on the test set"
     return Experiment(
         name=f"cifar10_{backbone}" if method == "float" else f"cifar10_{backbone}_{method}",
         dataset="cifar10",
         backbone=backbone,
         method=call,
         train=HE2018,
-        reference=Reference(what=what, top1=top1, source=_SOURCE),
+        reference=Reference(
+            what=f"{_TITLES[backbone]}{what}", top1=top1, best_on="test", source=_SOURCE
+        ),
     )
 
 
@@ -87,7 +88,6 @@ def _in_float(backbone: str, top1: float, top5: float) -> Experiment:
 
 def _finetuned(backbone: str, method: str, top1: float, top5: float) -> Experiment:
     call, what = _METHODS[method]
-    what = f"{_TITLES[backbone]}{what}; best of 50 epochs on the test set"
     return Experiment(
         name=f"imagenet_{backbone}_{method}",
         dataset="imagenet",
@@ -95,7 +95,9 @@ def _finetuned(backbone: str, method: str, top1: float, top5: float) -> Experime
         method=call,
         init_from=float_weights("imagenet", backbone),
         train=HE2018_FINETUNE,
-        reference=Reference(what=what, top1=top1, top5=top5, source=_SOURCE),
+        reference=Reference(
+            what=f"{_TITLES[backbone]}{what}", top1=top1, top5=top5, best_on="test", source=_SOURCE
+        ),
     )
 
 

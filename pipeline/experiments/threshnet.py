@@ -4,9 +4,9 @@ Convolutional Neural Networks on Raspberry Pi for Image Classification"), JRTIP 
 2204.00943, with the networks that they are compared with.
 
 Published are errors, here as accuracies, of the best epoch on the test set. Those of SVHN stand in
-an older README whose header says CIFAR-10, but whose figures are SVHN's; the recipe for it is that
-of the authors' logs. ThreshNet79 and HarDNet68 on SVHN have no public figure, and ThreshNet28 is
-our reconstruction, since the authors never published theirs.
+an older README whose header says CIFAR-10, but whose figures are SVHN's; the recipe for it is not
+public, but inferred from TripleNet's logs. ThreshNet79 and HarDNet68 on SVHN have no public figure,
+and ThreshNet28 is our reconstruction, since the authors never published theirs.
 
 STeP trains MobileNetV2 and EfficientNet-B0 on CIFAR-10 too, and its networks have the short names.
 """
@@ -79,15 +79,16 @@ def _experiment(dataset: str, backbone: str, error: float | None) -> Experiment:
     name = f"{dataset}_{backbone}"
     if name in _ALSO_OF_OTHERS:
         name = f"{name}_float_ju2022"
-    note = f"best of {train.epochs} epochs on the test set" if error else "figure not published"
+    note = "" if dataset == "cifar10" else "; recipe inferred from TripleNet's logs"
     return Experiment(
         name=name,
         dataset=dataset,
         backbone=call,
         train=train,
         reference=Reference(
-            what=f"{network}; {note}",
+            what=f"{network}{note}",
             top1=None if error is None else round(100 - error, 2),
+            best_on=None if error is None else "test",
             source=_SOURCE,
         ),
     )

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import fnmatch
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import models
 from pipeline.cli import main, smoke
 from pipeline.config import Experiment
 from pipeline.experiments import catalog, load_experiment
+from pipeline.recipes import RECIPES
 
 RUN = Path(__file__).parents[3] / "run.py"
 
@@ -45,6 +48,16 @@ def error_of(capsys, *arguments: str) -> str:
         (["--experimnt", "digits_lenet5"], ["--experimnt", "--experiment"]),
         (["--experiment"], ["--experiment"]),
         (["train.epochs=3"], ["--experiment NAME"]),
+        (["mnist_lenet5", "train.epochs=3"], ["--experiment mnist_lenet5"]),
+        (
+            ["--experiment", "imagenet_resnet50_16ep"],
+            ["did you mean imagenet_resnet50_float_16ep?"],
+        ),
+        (
+            ["--experiment", "digits_lenet5", "--dry-run", "init_from=away.pt"],
+            ["no file", "away.pt"],
+        ),
+        (["--list", "kundu2021"], ["recipe matches 'kundu2021'", "kundu2020"]),
         (["--experiment", "digits_lenet5", "--describe", "digits_lenet5"], ["not both"]),
         (["--experiment", "digits_lenet5", "--yaml"], ["--describe"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -169,6 +182,36 @@ def test_list_takes_a_glob(capsys):
     assert "ternary-x4" not in shown
 
 
+def test_list_finds_recipes(capsys):
+    for pattern in ("kundu2020", "stadtmann2020*", "16ep*"):
+        assert main(["--list", pattern]) == 0
+        shown = capsys.readouterr().out
+        for name, named in RECIPES.items():
+            assert (f"  {name} " in shown) == fnmatch.fnmatch(name, pattern)
+            assert (named.what in shown) == fnmatch.fnmatch(name, pattern)
+
+
+def test_an_untuned_name_says_which_recipe_it_has_wherever_it_is_looked_at(capsys):
+    for name, said in (
+        ("digits_resnet20_ternary", "no curated experiment; the default recipe"),
+        ("digits_resnet20_ternary_he2018", "no curated experiment; recipe he2018 as named"),
+    ):
+        words = [] if "he2018" not in name else ["train.flip=false"]
+        for arguments in (["--describe", name], ["--experiment", name, "--dry-run"]):
+            assert main([*arguments, *words]) == 0
+            assert f"{name} is untuned: {said}" in capsys.readouterr().out
+    assert main(["--describe", "digits_resnet20_ternary", "--yaml"]) == 0
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    assert main(["--config", "mine.yaml", "--dry-run"]) == 0
+    assert "no curated experiment; recipe of mine.yaml" in capsys.readouterr().out
+
+
+def test_describe_counts_at_the_size_of_evaluation_as_the_record_does(capsys):
+    """ResNet-18 takes 1.814 G at 224 pixels (torchvision); it is trained at 192 here."""
+    assert main(["--describe", "imagenet_resnet18_float_16ep", "train.blurpool=false"]) == 0
+    assert "1,814,073,344 at 224x224" in capsys.readouterr().out
+
+
 def test_describe_shows_published_counts(capsys):
     """LeNet5 at 28x28: 878,154 parameters and 6,571,520 MACs (Stadtmann et al. 2020)."""
     assert main(["--describe", "mnist_lenet5_ternary"]) == 0
@@ -195,6 +238,50 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(capsys):
     for text in ("22 steps", "440 in all", "4 ternary: conv1, conv2, fc1, fc2", "digits"):
         assert text in shown
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_dry_run_of_several_seeds_counts_the_steps_of_all(capsys):
+    assert main(["--experiment", "digits_lenet5", "--dry-run", "seeds=5", "seed=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "seeds    5 runs, seeds 1 to 5" in lines
+    # 20 epochs of 22 steps, five times.
+    assert any("2,200 in all 5 runs" in line for line in lines)
+    assert any(line.startswith("run      a folder for each") for line in lines)
+
+
+def test_a_dry_run_says_where_weights_come_from_and_whether_they_are_there(capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(Path.cwd()))
+    run = ["--experiment", "cifar10_vggnet7_binary", "--dry-run", "data.synthetic=[5100,16]"]
+    assert main([*run, "init_from=models:/cifar10_vggnet7@candidate"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "weights" in line)
+    assert "models:/cifar10_vggnet7@candidate, which is not there" in line
+    assert line.endswith("train it first: --experiment cifar10_vggnet7")
+    words = ["init_from=ResNet18_Weights.IMAGENET1K_V1", "train.teacher=there.pt"]
+    Path("there.pt").touch()
+    assert main([*run, *words]) == 0
+    shown = capsys.readouterr().out
+    assert "ResNet18_Weights.IMAGENET1K_V1, which would be downloaded to" in shown
+    assert "of the teacher there.pt, which is there" in shown
+    assert [path.name for path in Path.cwd().iterdir()] == ["there.pt"]
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_data_are_prepared(capsys):
+    torch.save({"conv1.weight": torch.zeros(2, 1, 5, 5)}, "other.pt")
+    words = ["init_from=other.pt", "data.synthetic=[64,8]", "tracking.enabled=false"]
+    assert main(["--experiment", "digits_lenet5", "train.batch_size=8", *words]) == 2
+    assert "the weights of other.pt do not fit" in capsys.readouterr().err
+    assert not Path("prepared").exists()
+
+
+def test_a_missing_start_says_which_experiment_makes_it(capsys, runs):
+    words = ["data.synthetic=[5100,16]", "scaling.launcher=local", f"tracking.runs={runs}"]
+    start = "init_from=models:/cifar10_vggnet7@candidate"
+    assert main(["--experiment", "cifar10_vggnet7_binary", start, *words]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.endswith(
+        "has no registered model cifar10_vggnet7; it has none; train it first: "
+        "--experiment cifar10_vggnet7"
+    )
 
 
 def test_help_and_list_answer_in_about_a_second_and_need_no_torch():

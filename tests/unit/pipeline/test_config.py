@@ -213,8 +213,8 @@ def test_a_name_that_no_folder_or_registry_takes_is_refused(name):
 def test_an_uncurated_name_resolves_by_the_grammar_and_is_untuned():
     experiment = load_experiment("mnist_lenet5_ternary-x4", ["train.epochs=1"])
     assert experiment.tuned
-    other = load_experiment("digits_lenet5_float")
-    assert (other.dataset, other.backbone, other.method) == ("digits", "lenet5", "float")
+    other = load_experiment("digits_resnet20_float")
+    assert (other.dataset, other.backbone, other.method) == ("digits", "resnet20", "float")
     assert not other.tuned
 
 

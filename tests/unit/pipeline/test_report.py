@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def manifest(tmp_path_factory):
 
 def result(manifest, history: list[dict[str, float]], kept: int, words: list[str]) -> Result:
     experiment = load_experiment("digits_lenet5_ternary", words)
-    reference = Reference(what="best of 3 epochs on the test set", top1=75.0, source="somebody")
+    reference = Reference(what="LeNet5", top1=75.0, best_on="test", source="somebody")
     experiment = experiment.model_copy(update={"reference": reference})
     rest = {"images_per_second": 1234.4, "train_loss": 0.5, "train_top1": 60.0, "lr": 0.1}
     rest["peak_memory_bytes"] = 2.5e9
@@ -69,11 +70,27 @@ def test_the_best_epoch_on_the_test_images_stands_beside_the_last_as_papers_have
     assert "72.50 % at epoch 2 on the test images, as the paper reports it" in text
 
 
+def test_only_a_figure_of_the_best_test_epoch_makes_that_the_papers_habit(manifest):
+    finished = result(manifest, WATCHED, kept=3, words=[])
+    held_out = Reference(what="LeNet5", top1=75.0, best_on="validation", source="somebody")
+    other = finished.experiment.model_copy(update={"reference": held_out})
+    text = shown(report.summary(replace(finished, experiment=other)))
+    assert "72.50 % at epoch 2 on the test images" in text
+    assert "as the paper reports it" not in text
+    assert "LeNet5; best epoch on held-out images; somebody" in text
+
+
+def test_made_up_images_are_not_set_beside_a_published_figure(manifest):
+    text = shown(report.summary(result(manifest, WATCHED, kept=3, words=[])))
+    assert "published 75.00 %: LeNet5; best epoch on the test images; somebody" in text
+    text = shown(report.summary(result(manifest, WATCHED, 3, ["data.synthetic=[16,8]"])))
+    assert "published" not in text
+
+
 def test_a_run_of_nobodys_experiment_does_not_quote_its_best_epoch(manifest):
     finished = result(manifest, WATCHED, kept=3, words=[])
     untuned = finished.experiment.model_copy(update={"reference": None})
-    finished = Result(**{**vars(finished), "experiment": untuned})
-    assert "72.50" not in shown(report.summary(finished))
+    assert "72.50" not in shown(report.summary(replace(finished, experiment=untuned)))
 
 
 def test_the_epoch_that_held_out_images_chose_is_said_in_summary_record_and_card(manifest):
