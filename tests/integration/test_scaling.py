@@ -67,7 +67,7 @@ events = []
 def only_tell_threads(config):
     import torch
     from pipeline import launch
-    def train(experiment, manifest, store, context):
+    def train(experiment, manifest, store, context, sources):
         context.event("threads", number=torch.get_num_threads())
     launch.train = train
     launch._train_worker(config)
