@@ -19,6 +19,10 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+#: Of the integration tests these start no clusters, or hardly any, and take minutes.
+ALONE = ("test_catalog.py", "test_readme.py")
+
+
 class Scheduling(LoadScopeScheduling):
     """Spreads test files over two processes, and the matrix by network.
 
@@ -28,7 +32,7 @@ class Scheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         path, _, identifier = nodeid.partition("[")
         folder = path.split("/")[1]
-        if folder in ("integration", "drills") and not path.endswith("test_catalog.py"):
+        if folder in ("integration", "drills") and not path.endswith(ALONE):
             return "processes"
         return identifier.partition("-")[0] if folder == "matrix" else path.partition("::")[0]
 

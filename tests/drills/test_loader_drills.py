@@ -182,7 +182,7 @@ def test_fifty_abandoned_epochs_leave_no_thread_no_open_file_and_no_memory(
     active, files, memory = threading.active_count(), process.num_fds(), process.memory_info().rss
     started = time.monotonic()
     abandon(range(8, 58))
-    assert threading.active_count() == active
+    assert threading.active_count() <= active  # those of an earlier test may end meanwhile
     assert process.num_fds() <= files
     # One batch of these images takes 12 MB.
     assert process.memory_info().rss - memory < 40e6
