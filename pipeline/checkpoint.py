@@ -71,7 +71,7 @@ def run_checkpoints(
     return CheckpointStore(
         folder / "checkpoints",
         run_identity(experiment, manifest, sources),
-        experiment.tracking.keep_checkpoints,
+        experiment.checkpoint.keep,
     )
 
 

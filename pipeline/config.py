@@ -290,9 +290,11 @@ class Scaling(Section):
     gpu: str | None = Field(
         None, description="GPU type that workers need, as Ray names it: H100; none: any"
     )
-    max_failures: NonNegativeInt = Field(3, description="restarts after a lost worker")
+    max_failures: NonNegativeInt = Field(
+        3, description="restarts after lost workers in a row, without a new checkpoint"
+    )
     timeout: float = Field(
-        300.0, ge=1, le=86_400, description="seconds until a silent worker is an error"
+        300.0, ge=1, le=86_400, description="seconds until a silent worker is lost, at most"
     )
 
     @model_validator(mode="after")
@@ -300,6 +302,21 @@ class Scaling(Section):
         if isinstance(self.workers, tuple) and self.workers[0] >= self.workers[1]:
             raise ValueError(f"scaling.workers={self.workers[0]}..{self.workers[1]} must rise")
         return self
+
+
+class Checkpointing(Section):
+    """How often the state of a training is kept, and where; after each epoch it always is."""
+
+    minutes: PositiveFloat | None = Field(
+        10.0, description="between two within an epoch; none: only after epochs"
+    )
+    steps: PositiveInt | None = Field(
+        None, description="between two within an epoch, whatever the minutes; none: by minutes"
+    )
+    keep: PositiveInt = Field(2, description="newest ones kept, beside the best")
+    folder: str | None = Field(
+        None, description="folder, or URI as s3://bucket/folder; none: the run folder"
+    )
 
 
 class Tracking(Section):
@@ -313,7 +330,6 @@ class Tracking(Section):
     runs: Folder = Field(
         Path("runs"), description="folder of run folders and of the MLflow database"
     )
-    keep_checkpoints: PositiveInt = Field(2, description="newest ones kept in the run folder")
 
 
 class Reference(Section):
@@ -354,6 +370,7 @@ class Experiment(Section):
     train: Recipe = Recipe()
     data: Data = Data()
     scaling: Scaling = Scaling()
+    checkpoint: Checkpointing = Checkpointing()
     tracking: Tracking = Tracking()
     reference: Reference | None = None
 
@@ -366,7 +383,7 @@ class Experiment(Section):
         """Hash of what is trained, on what and how, as 12 hex digits.
 
         ``data`` stands for the images as the network sees them, see ``checkpoint.run_identity``.
-        Where a run is computed and logged (scaling, tracking, folders) is left out: the same
+        Where a run is computed and kept (scaling, checkpoint, tracking, folders) is left out: the same
         identity means that a checkpoint of one run can be continued by the other.
         """
         parts = self.model_dump(

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 
 #: Seconds that the last event of a worker may take to the driver's board.
 _FLUSH_SECONDS = 30
+
+
+class Wish(IntEnum):
+    """What the driver, or a machine that will be taken away, asks of a training that runs."""
+
+    NOTHING = 0
+    CHECKPOINT = 1
+    STOP = 2  #: after a checkpoint
 
 
 def hardware(gpus: Iterable[str | None], machines: int = 1) -> str:
@@ -88,6 +97,23 @@ class TrainContext:
         """The smallest of the ranks' integers (a scalar tensor each)."""
         return int(tensor)
 
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """The ranks' rows, (n,) each, as (world size, n), on every rank."""
+        return row[None]
+
+    def wish(self) -> Wish:
+        """What this rank has been asked for meanwhile; asked again it may be less, never waits."""
+        return Wish.NOTHING
+
+    def beat(self, doing: str, step: int, usual: float | None = None) -> None:
+        """Say that this rank is alive, so that one that hangs is noticed.
+
+        Args:
+            doing: what comes next, in a word or two.
+            step: optimizer step of the training, from 0.
+            usual: seconds that this takes, as far as it is known.
+        """
+
     def report(self, metrics: dict[str, float]) -> None:
         """Report the metrics of an epoch; every rank calls it."""
 
@@ -140,6 +166,11 @@ class ProcessGroupContext(TrainContext):
         smallest = tensor.clone()
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return int(smallest)
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        rows = row.new_empty((self.world_size, *row.shape))
+        dist.all_gather_into_tensor(rows, row.contiguous())
+        return rows
 
     def agree(self, number: int) -> int:
         shared = torch.tensor([number], dtype=torch.int64, device=self.device)
