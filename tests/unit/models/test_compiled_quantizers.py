@@ -40,17 +40,17 @@ def network(method: str) -> nn.Module:
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_quantizers_compute_and_learn_like_the_eager_ones(method: str) -> None:
     torch.compiler.reset()
-    eager = network(method)
+    eager = network(method).double()
     compiled = copy.deepcopy(eager)
     assert compile_quantizers(compiled) == len(quantized_layers(eager))
-    images = torch.randn(4, 8, 8, 8)
+    images = torch.randn(4, 8, 8, 8, dtype=torch.float64)
     for _ in range(2):
         outputs, expected = compiled(images), eager(images)
         torch.testing.assert_close(outputs, expected)
         outputs.square().sum().backward()
         expected.square().sum().backward()
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=5e-4, atol=1e-5)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(fold(compiled)(images), eager(images))
         assert torch.equal(pickle.loads(pickle.dumps(compiled))(images), eager(images))
