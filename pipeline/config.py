@@ -24,9 +24,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from data_prep.datasets import NORMALIZATIONS
-from pipeline.sections import Folder, PipelineError, Section, flatten, nearest
+from pipeline.sections import Address, Folder, PipelineError, Section, flatten, nearest
 
 __all__ = [
+    "Address",
     "Data",
     "Experiment",
     "Folder",
@@ -314,8 +315,8 @@ class Checkpointing(Section):
         None, description="between two within an epoch, whatever the minutes; none: by minutes"
     )
     keep: PositiveInt = Field(2, description="newest ones kept, beside the best")
-    folder: str | None = Field(
-        None, description="folder, or URI as s3://bucket/folder; none: the run folder"
+    folder: Address | None = Field(
+        None, repr=False, description="folder, or URI as s3://bucket/folder; none: the run folder"
     )
 
 
@@ -324,8 +325,10 @@ class Tracking(Section):
 
     enabled: bool = Field(True, description="log to MLflow")
     register_model: bool = Field(True, description="put the folded model in the MLflow registry")
-    uri: str | None = Field(
-        None, description="MLflow server; none: MLFLOW_TRACKING_URI, else sqlite under runs"
+    uri: Address | None = Field(
+        None,
+        repr=False,
+        description="MLflow server; none: MLFLOW_TRACKING_URI, else sqlite under runs",
     )
     runs: Folder = Field(
         Path("runs"), description="folder of run folders and of the MLflow database"
@@ -383,8 +386,8 @@ class Experiment(Section):
         """Hash of what is trained, on what and how, as 12 hex digits.
 
         ``data`` stands for the images as the network sees them, see ``checkpoint.run_identity``.
-        Where a run is computed and kept (scaling, checkpoint, tracking, folders) is left out: the same
-        identity means that a checkpoint of one run can be continued by the other.
+        Where a run is computed and kept (scaling, checkpoint, tracking, folders) is left out: the
+        same identity means that a checkpoint of one run can be continued by the other.
         """
         parts = self.model_dump(
             mode="json", include={"dataset", "backbone", "method", "seed", "train"}

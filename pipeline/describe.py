@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from models.registry import declared
 from pipeline.config import Experiment, PipelineError, flatten, nearest
 from pipeline.experiments import catalog, chapters
 from pipeline.recipes import RECIPES
+from pipeline.sections import without_credentials
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -344,10 +344,20 @@ def _planned_places(experiment: Experiment) -> list[tuple[str, str]]:
     """Where a run would be kept."""
     runs = experiment.tracking.runs.absolute()
     folders = "a new folder" if experiment.seeds == 1 else "a folder for each, and one for all,"
-    lines = [("run", f"{folders} in {runs / experiment.name}, a checkpoint per epoch")]
+    settings = experiment.checkpoint
+    kept = without_credentials(settings.folder) if settings.folder else "the run folder"
+    within = ""
+    if settings.steps is not None:
+        within = f" and every {settings.steps:,} steps"
+    elif settings.minutes is not None:
+        within = f" and every {settings.minutes:g} minutes"
+    lines = [
+        ("run", f"{folders} in {runs / experiment.name}"),
+        ("keep", f"a checkpoint after each epoch{within}, in {kept}"),
+    ]
     if experiment.tracking.enabled:
         uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        address = re.sub("//[^/@]*@", "//", uri) if uri else runs / "mlflow.db"
+        address = without_credentials(uri) if uri else runs / "mlflow.db"
         lines.append(("track", f"MLflow, {address}"))
         if experiment.tracking.register_model:
             lines.append(("register", f"models:/{experiment.name}"))

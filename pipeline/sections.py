@@ -7,20 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
-
-class PipelineError(Exception):
-    """A failure that the user can mend: one line that says what, where, and what would be right.
-
-    Attributes:
-        exit_code: of the process: 2 for bad input, 1 for a run that failed.
-        run: name of the run that can be continued; None where there is none.
-    """
-
-    exit_code = 2
-    run: str | None = None
+from pipeline.errors import PipelineError as PipelineError
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -34,6 +31,24 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 #: A folder of the user's; ``~`` is the home folder, as in a shell.
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def without_credentials(address: str) -> str:
+    """An address as it may be shown and kept: no user, no password, nothing after a ``?``.
+
+    A path, also one behind ``file://`` or ``sqlite://``, stays as it is.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator or rest.startswith("/"):
+        return address
+    place, _, query = rest.partition("?")
+    if "@" in query:  # then the question mark may be one of a password
+        place = "..."
+    return f"{scheme}://{place.rpartition('@')[2]}"
+
+
+#: A folder or a URI. Written down (as YAML, JSON, parameters) it has lost its credentials.
+Address = Annotated[str, PlainSerializer(without_credentials, when_used="json-unless-none")]
 
 
 class Section(BaseModel):

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.datasets import get_dataset
-from pipeline.config import Experiment, Folder, PipelineError, Section, nearest
+from pipeline.config import Address, Experiment, Folder, PipelineError, Section, nearest
 
 
 def setting_fields() -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
         return text
     if text in ("none", "null"):
         return None
-    if annotation in (str, str | None, Folder, Path, Folder | None):
+    if annotation in (str, str | None, Folder, Path, Folder | None, Address | None):
         return text
     # YAML 1.1 reads 010 as eight, 1:30 as ninety, and 1e-4 as text.
     for number in (int, float):
@@ -148,11 +148,11 @@ _GOVERNED: dict[str, tuple[str, tuple[object, ...]]] = {
     "train.sync_batchnorm": ("scaling.launcher", ("ray",)),
     "scaling.workers": ("scaling.launcher", ("ray",)),
     "scaling.nodes": ("scaling.launcher", ("ray",)),
-    "scaling.cores": ("scaling.launcher", ("ray",)),
     "scaling.gpu": ("scaling.launcher", ("ray",)),
     "scaling.max_failures": ("scaling.launcher", ("ray",)),
     "scaling.timeout": ("scaling.launcher", ("ray",)),
     "data.location": ("scaling.launcher", ("ray",)),
+    "checkpoint.minutes": ("checkpoint.steps", (None,)),
     "tracking.uri": ("tracking.enabled", (True,)),
     "tracking.register_model": ("tracking.enabled", (True,)),
 }
@@ -173,9 +173,6 @@ _REPEATING = {
     "train.test_size": "train.image_size",
 }
 
-#: Settings of latent weights, which only quantizers have.
-_LATENT = ("train.latent_weight_decay", "train.latent_regularization")
-
 #: Settings of the preparation; made-up images need none of them.
 _PREPARING = {
     f"data.{key}" for key in ("root", "raw", "check_raw", "max_per_class", "bad_share", "processes")
@@ -187,6 +184,13 @@ def _quantizes(method: str) -> bool:
     from models.methods import Kind, resolve_methods
 
     return any(step.kind is Kind.QUANTIZER for step in resolve_methods(method))
+
+
+def _uses_cores(experiment: Experiment) -> bool:
+    """Whether anything is shared out by the cores of a worker. Imports torch."""
+    import torch
+
+    return experiment.scaling.launcher == "ray" or torch.cuda.is_available()
 
 
 def without_effect(experiment: Experiment, overrides: Iterable[str]) -> list[str]:
@@ -209,11 +213,12 @@ def _why_idle(experiment: Experiment, key: str) -> str | None:
         return _written(experiment, _NEEDS[key])
     if key in _REPEATING and _value(experiment, key) == _value(experiment, _REPEATING[key]):
         return _written(experiment, _REPEATING[key])
-    of_latent = key in _LATENT or (key, experiment.train.compile) == ("train.compile", "quantizers")
-    if of_latent and not _quantizes(experiment.method):
+    if key == "train.latent_weight_decay" and not _quantizes(experiment.method):
         return f"method={experiment.method}, which has no latent weights"
     if key == "train.sync_batchnorm" and experiment.scaling.workers == 1:
         return "scaling.workers=1"
+    if key == "scaling.cores" and not _uses_cores(experiment):
+        return "scaling.launcher=local without a GPU"
     if key == "data.location" and not os.environ.get("RAY_ADDRESS"):
         return "one machine; RAY_ADDRESS names a cluster"
     if key in _PREPARING:

@@ -139,11 +139,10 @@ def test_identity_depends_on_what_decides_the_weights_and_on_nothing_else():
         (["train.test_size=32"], "train.test_size"),
         (["train.first_image_size=32", "train.growth_epochs=[0,1]"], "train.first_image_size"),
         (["train.lr_batch_size=128"], "train.lr_batch_size"),
-        (["train.latent_regularization=0.1"], "train.latent_regularization"),
-        (["train.compile=quantizers"], "train.compile"),
         (["train.sync_batchnorm=true", "scaling.workers=1"], "train.sync_batchnorm"),
         (["scaling.nodes=2", "scaling.launcher=local"], "scaling.nodes"),
         (["scaling.gpu=H100", "scaling.launcher=local"], "scaling.gpu"),
+        (["checkpoint.minutes=5", "checkpoint.steps=100"], "checkpoint.minutes"),
         (["tracking.register_model=false", "tracking.enabled=false"], "tracking.register_model"),
         (["scaling.workers=3", "scaling.launcher=local"], "scaling.workers"),
         (["tracking.uri=http://x", "tracking.enabled=false"], "tracking.uri"),
@@ -174,11 +173,20 @@ def test_an_override_without_effect_names_the_setting_that_is_in_the_way():
 
 def test_an_override_with_effect_is_not_mentioned():
     words = ["train.momentum=0.5", "scaling.workers=3", "train.lr=1"]
-    words += ["train.latent_weight_decay=0", "method=sparse+ternary", "train.compile=quantizers"]
+    words += ["train.latent_weight_decay=0", "method=sparse+ternary", "checkpoint.minutes=5"]
     words += ["train.teacher=models:/big@candidate", "train.temperature=2", "train.test_size=40"]
     words += ["train.schedule=plateau", "train.validation=99", "train.patience=1"]
     words += ["train.gamma=0.2", "train.lr_batch_size=256"]
     assert without_effect(override(BASE, words), words) == []
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_cores_of_a_local_training_act_beside_a_gpu_only(monkeypatch, has_gpu):
+    """They then are those that read images, see ``inputs.reading``."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    words = ["scaling.cores=4", "scaling.launcher=local"]
+    idle = "scaling.cores has no effect with scaling.launcher=local without a GPU"
+    assert without_effect(override(BASE, words), words) == ([] if has_gpu else [idle])
 
 
 def test_flatten_gives_the_keys_that_overrides_take():
