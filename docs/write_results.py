@@ -86,10 +86,7 @@ def collect_curves(runs: Path) -> dict[str, Record]:
 
 def _history(run: Path) -> list[dict[str, float]]:
     """Metrics of each epoch, from the newest checkpoint; empty without one."""
-    states = sorted(
-        run.glob("checkpoints/epoch-*/state.json"),
-        key=lambda path: int(path.parent.name.removeprefix("epoch-")),
-    )
+    states = sorted(run.glob("checkpoints/epoch-*/state.json"))
     return json.loads(states[-1].read_text())["history"] if states else []
 
 

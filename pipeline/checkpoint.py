@@ -1,49 +1,70 @@
-"""Checkpoints: a folder each, whole or not there, and free of anything that could execute.
-
-Tensors travel as safetensors, all else as JSON. A checkpoint is written under a hidden name,
-synced, and renamed; its manifest, with the size and SHA-256 of every file, is written last. What
-does not match its manifest is never loaded.
-"""
+"""Checkpoints: what they are called, which of them stay, and which one a training goes on from."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import errno
 import re
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+
+from pipeline.checkpoint_files import FILES, CheckpointFiles, check_finite, written
+from pipeline.errors import PipelineError
+from pipeline.storage import DamagedError, Storage, one_line, storage_of
+from pipeline.training_state import (
+    MisfitError,
+    Progress,
+    Snapshot,
+    TrainingState,
+    expected_tensors,
+    load_network,
+    restore,
+)
 
 if TYPE_CHECKING:
     from data_prep import Manifest
     from pipeline.config import Experiment
     from pipeline.weights import Sources
 
-_MANIFEST = "manifest.json"
-_MODEL = "model.safetensors"
-_AVERAGE = "average.safetensors"
-_NAME = re.compile(r"epoch-\d+")
+#: Before a save that failed is tried again: storage behind a network may be away for a moment.
+_PAUSES = (1.0, 5.0)
+
+#: What no second attempt mends: the disk is full, or may not be written.
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+_T = TypeVar("_T")
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message is one line that names it."""
+class CheckpointError(PipelineError):
+    """A checkpoint that cannot be saved or used; the message is one line that names it."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a training is: complete epochs, optimizer steps, and the metrics of each epoch."""
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where a training is: after complete epochs, and steps of the epoch in progress."""
 
     epoch: int
-    step: int
-    history: list[dict[str, float]]
+    done: int = 0
+
+    @property
+    def name(self) -> str:
+        """``epoch-0004``, or ``epoch-0004-step-000123`` within the fifth epoch."""
+        step = f"-step-{self.done:06d}" if self.done else ""
+        return f"epoch-{self.epoch:04d}{step}"
+
+    @classmethod
+    def parse(cls, name: str) -> Position | None:
+        """The position of that name; None where it is no such name."""
+        found = re.fullmatch(r"epoch-(\d{4,12})(?:-step-(\d{6,12}))?", name, re.ASCII)
+        if found is None:
+            return None
+        position = cls(int(found[1]), int(found[2] or 0))
+        return position if position.name == name else None
 
 
 def kept_epoch(history: Sequence[Mapping[str, float]]) -> int:
@@ -67,222 +88,203 @@ def run_identity(experiment: Experiment, manifest: Manifest, sources: Sources) -
 def run_checkpoints(
     experiment: Experiment, manifest: Manifest, sources: Sources, folder: Path
 ) -> CheckpointStore:
-    """The checkpoints of the run in this folder."""
-    return CheckpointStore(
-        folder / "checkpoints",
-        run_identity(experiment, manifest, sources),
-        experiment.checkpoint.keep,
-    )
+    """The checkpoints of the run in this run folder.
 
-
-@dataclass
-class TrainingState:
-    """What is trained, and all that has to be restored to go on.
-
-    Attributes:
-        scaler: of the loss; its state is empty unless the precision is float16.
-        average: network with the moving average of the weights; None without one.
+    Raises:
+        PipelineError: one line, when ``checkpoint.folder`` is no place to keep any.
     """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: nn.Module | None = None
+    storage = storage_of(experiment, folder)
+    identity = run_identity(experiment, manifest, sources)
+    return CheckpointStore(storage, identity, experiment.checkpoint.keep)
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder, named by the number of complete epochs.
+    """The checkpoints of one run, named by their position.
 
     Args:
-        folder: where they lie; made when the first one is saved.
+        storage: where they lie.
         identity: hash of the experiment and its data; one of another identity is never loaded.
         keep: how many of the newest to keep.
     """
 
-    def __init__(self, folder: Path, identity: str, keep: int = 2) -> None:
-        self.folder = folder
+    def __init__(self, storage: Storage, identity: str, keep: int = 2) -> None:
+        self.storage = storage
         self.identity = identity
         self.keep = keep
 
-    def save(self, state: TrainingState, progress: Progress) -> Path:
+    def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint and drop those that nobody can need.
 
         What stays are the newest ``keep``, and the result of each of them (see ``kept_epoch``):
         where the newest turns out to be damaged, the training goes on from an older one, which
-        may know another epoch as the best.
-        """
-        final = self._path(progress.epoch)
-        with whole_folder(final) as partial:
-            save_file(_contiguous(state.model.state_dict()), partial / _MODEL)
-            if state.average is not None:
-                save_file(_contiguous(state.average.state_dict()), partial / _AVERAGE)
-            tensors, settings = _split_optimizer(state.optimizer)
-            save_file(tensors, partial / "optimizer.safetensors")
-            record = {
-                "epoch": progress.epoch,
-                "step": progress.step,
-                "history": progress.history,
-                "identity": self.identity,
-                "optimizer": settings,
-                "scaler": state.scaler.state_dict(),
-            }
-            (partial / "state.json").write_text(json.dumps(record, allow_nan=False))
-            _write_manifest(partial)
-        epochs = [_epoch_of(path) for path in self._all()]
-        wanted = {kept_epoch(progress.history[:epoch]) for epoch in epochs[: self.keep]}
-        for epoch in epochs[self.keep :]:
-            if epoch not in wanted:
-                shutil.rmtree(self._path(epoch))
-        return final
+        may know another epoch as the best. What lies beyond the one that is written was skipped
+        as damaged by ``newest`` and goes too.
 
-    def newest(self, warn: Callable[[str], None]) -> int | None:
-        """Epoch of the newest valid checkpoint, None without one.
+        Raises:
+            FloatingPointError: a tensor is not finite, so that nothing was written.
+            CheckpointError: it cannot be written, even after a while.
+        """
+        check_finite(snapshot)
+        progress = snapshot.progress
+        position = Position(progress.epoch, progress.done)
+
+        def write() -> None:
+            self.storage.write(position.name, written(snapshot, self.identity))
+            self._drop(position, progress.history)
+
+        try:
+            _patiently(write)
+        except OSError as error:
+            raise self._not_saved(position, one_line(error)) from error
+        except ValueError as error:
+            raise self._not_saved(position, one_line(error)) from None
+
+    def newest(self, warn: Callable[[str], None]) -> Position | None:
+        """The newest valid checkpoint, None without one.
 
         Args:
             warn: called with a line for each newer checkpoint that had to be skipped.
+
+        Raises:
+            CheckpointError: the storage cannot be read.
         """
-        for path in self._all():
-            problem = self._problem(path)
-            if problem is None:
-                return _epoch_of(path)
-            warn(f"checkpoint {path.name} is skipped: {problem}")
+        for position in self._all():
+            try:
+                self._open(position)
+            except DamagedError as error:
+                warn(f"checkpoint {position.name} is skipped: {error}")
+            else:
+                return position
         return None
 
-    def load(self, epoch: int, state: TrainingState) -> Progress:
-        """Restore what is trained, strictly, from the checkpoint after ``epoch`` epochs."""
-        path = self._path(epoch)
-        state.model.load_state_dict(load_file(path / _MODEL))
-        if state.average is not None:
-            state.average.load_state_dict(load_file(path / _AVERAGE))
-        record = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "optimizer.safetensors")
-        state.optimizer.load_state_dict(_join_optimizer(tensors, record["optimizer"]))
-        _lay_out_like_parameters(state.optimizer)
-        state.scaler.load_state_dict(record["scaler"])
-        return Progress(record["epoch"], record["step"], record["history"])
+    def load(
+        self,
+        position: Position,
+        state: TrainingState,
+        row: Mapping[str, Tensor],
+    ) -> tuple[Progress, dict[str, Tensor]]:
+        """Restore what is trained, strictly.
+
+        Args:
+            row: by name, a tensor of the shape and dtype of what each rank has of its own within
+                an epoch.
+
+        Returns:
+            How far it is, and within an epoch what the ranks had of their own, (world size, ...)
+            each, on the CPU.
+
+        Raises:
+            CheckpointError: it is damaged, or not of this training; the state is then not to be
+                used.
+        """
+        with self._named(position):
+            checkpoint = self._open(position)
+            record = checkpoint.record
+            tensors = {
+                part: checkpoint.tensors(part, expected)
+                for part, expected in expected_tensors(state).items()
+            }
+            rank_state = checkpoint.rank_state(row) if record.done else {}
+            restore(state, tensors, record.counters, record.scaler)
+        return Progress(record.epoch, record.step, record.history, record.done), rank_state
 
     def load_model(self, epoch: int, model: nn.Module) -> None:
         """Restore the network alone from the checkpoint after ``epoch`` epochs.
 
         Raises:
-            CheckpointError: when the checkpoint does not match its manifest.
+            CheckpointError: it is damaged, or another network's.
         """
-        model.load_state_dict(load_file(self.network_file(epoch)))
+        with self._named(Position(epoch)):
+            checkpoint = self._open(Position(epoch))
+            load_network(model, checkpoint.tensors(checkpoint.kept_part, model.state_dict()))
 
     def network_file(self, epoch: int) -> Path:
         """The tensors of the network after ``epoch`` epochs: their moving average, if there is one.
 
+        The file may be a copy, which is gone when the store is, or opens another checkpoint.
+
         Raises:
-            CheckpointError: when the checkpoint does not match its manifest.
+            CheckpointError: the checkpoint is damaged.
         """
-        path = self._path(epoch)
-        problem = self._problem(path)
-        if problem is not None:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-        average = path / _AVERAGE
-        return average if average.exists() else path / _MODEL
+        with self._named(Position(epoch)):
+            checkpoint = self._open(Position(epoch))
+            return checkpoint.path(checkpoint.kept_part)
 
-    def history(self, epoch: int) -> list[dict[str, float]]:
-        """Metrics of each of the first ``epoch`` epochs, as the checkpoint after them has them."""
-        record = json.loads((self._path(epoch) / "state.json").read_text())
-        history: list[dict[str, float]] = record["history"]
-        return history
+    def history(self, position: Position) -> list[dict[str, float]]:
+        """Metrics of each complete epoch at this position.
 
-    def _path(self, epoch: int) -> Path:
-        return self.folder / f"epoch-{epoch:04d}"
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        with self._named(position):
+            return self._open(position).record.history
 
-    def _all(self) -> list[Path]:
-        """Checkpoint folders, newest first."""
-        found = [path for path in self.folder.glob("epoch-*") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_epoch_of, reverse=True)
-
-    def _problem(self, path: Path) -> str | None:
+    def _all(self) -> list[Position]:
+        """Newest first."""
         try:
-            manifest = json.loads((path / _MANIFEST).read_text())
-            for name, (size, digest) in manifest.items():
-                content = (path / name).read_bytes()
-                if len(content) != size:
-                    return f"{name} holds {len(content)} bytes of {size}"
-                if hashlib.sha256(content).hexdigest() != digest:
-                    return f"{name} does not match its checksum"
-            state = json.loads((path / "state.json").read_text())
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
-        except (ValueError, TypeError, AttributeError):
-            return "its manifest is damaged"
-        if state.get("identity") != self.identity:
-            return "it belongs to another experiment"
-        return None
+            names = _patiently(self.storage.names)
+        except OSError as error:
+            place = self.storage.place
+            raise CheckpointError(
+                f"cannot read checkpoints in {place}: {one_line(error)}"
+            ) from error
+        found = [Position.parse(name) for name in names]
+        return sorted((position for position in found if position is not None), reverse=True)
+
+    def _open(self, position: Position) -> CheckpointFiles:
+        """A checkpoint that is whole, and of this experiment."""
+        try:
+            files = _patiently(lambda: self.storage.open(position.name, FILES))
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(position)} cannot be read: {one_line(error)}"
+            ) from error
+        checkpoint = CheckpointFiles(files)
+        record = checkpoint.record
+        if record.identity != self.identity:
+            raise DamagedError("it belongs to another experiment")
+        if Position(record.epoch, record.done) != position:
+            raise DamagedError(f"it was saved after {record.epoch} epochs and {record.done} steps")
+        return checkpoint
+
+    @contextmanager
+    def _named(self, position: Position) -> Iterator[None]:
+        """Say which checkpoint it is that cannot be used."""
+        try:
+            yield
+        except (DamagedError, MisfitError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(position)} cannot be used: {error}"
+            ) from None
+
+    def _path(self, position: Position) -> str:
+        return f"{self.storage.place}/{position.name}"
+
+    def _not_saved(self, position: Position, problem: str) -> CheckpointError:
+        text = f"checkpoint {position.name} cannot be saved in {self.storage.place}: {problem}"
+        with suppress(OSError):
+            whole = [name for name in self.storage.names() if Position.parse(name)]
+            text += f"; the last whole one is {max(whole)}" if whole else "; there is none yet"
+        return CheckpointError(text)
+
+    def _drop(self, saved: Position, history: Sequence[Mapping[str, float]]) -> None:
+        """Remove what lies beyond the checkpoint just saved, and what nobody can need before it."""
+        positions = self._all()
+        before = [position for position in positions if position <= saved]
+        newest = before[: self.keep]
+        results = {Position(kept_epoch(history[: position.epoch])) for position in newest}
+        for position in positions:
+            if position not in newest and position not in results:
+                self.storage.remove(position.name)
 
 
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder that appears under its name complete and synced to disk, or not at all."""
-    partial = final.with_name(f".partial-{final.name}")
-    for leftover in (partial, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(final)
-        _sync(final.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _epoch_of(path: Path) -> int:
-    return int(path.name.removeprefix("epoch-"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
-        for path in sorted(folder.iterdir())
-    }
-    (folder / _MANIFEST).write_text(json.dumps(files, indent=1))
-
-
-def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
-
-
-def _split_optimizer(
-    optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state as tensors named ``<parameter index>.<key>`` and JSON for the rest."""
-    state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            place = tensors if isinstance(value, torch.Tensor) else scalars
-            place[f"{index}.{key}"] = value
-    return _contiguous(tensors), {"groups": state["param_groups"], "scalars": scalars}
-
-
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give moments their parameter's memory format back, without which each step is slower."""
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _join_optimizer(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **settings["scalars"]}.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": settings["groups"]}
+def _patiently(action: Callable[[], _T]) -> _T:
+    """Try again what the storage did not do, unless that is what it will say the next time too."""
+    for pause in _PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if isinstance(error, PermissionError) or error.errno in _LASTING:
+                raise
+        time.sleep(pause)
+    return action()

@@ -22,9 +22,11 @@ from docs.write_results import (
     published_table,
     training_table,
 )
-from pipeline.checkpoint import CheckpointStore, Progress, TrainingState
+from pipeline.checkpoint import CheckpointStore
 from pipeline.experiments import catalog, load_experiment
 from pipeline.settings import override
+from pipeline.storage import LocalStorage
+from pipeline.training_state import Progress, Snapshot, TrainingState
 
 REPOSITORY = Path(__file__).parents[3]
 NAME = "cifar10_resnet20_ternary"
@@ -37,11 +39,11 @@ def write_run(
     folder = runs / NAME / stamp
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters())
-    store = CheckpointStore(folder / "checkpoints", "identity")
+    store = CheckpointStore(LocalStorage(folder / "checkpoints"), "identity")
     for epoch in range(1, len(curve) + 1):
         history = [{"test_top1": value} for value in curve[:epoch]]
         state = TrainingState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-        store.save(state, Progress(epoch, epoch, history))
+        store.save(Snapshot.of(state, Progress(epoch, epoch, history)))
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "status": "started" if top1 is None else "finished",
