@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,20 +55,43 @@ class MovingAverage:
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
 
-@torch.no_grad()
-def average_statistics(model: nn.Module, context: TrainContext) -> None:
-    """Make the batch norm statistics, gathered by each rank on its share, the same everywhere."""
-    constants = set(models.constant_buffers(model))
-    buffers = [
-        buffer
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point() and name not in constants
-    ]
-    if context.world_size == 1 or not buffers:
-        return
-    # One message instead of two for each batch norm.
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    context.sum_over_ranks(flat)
-    flat /= context.world_size
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+class Statistics:
+    """The batch norm statistics of networks, which each rank gathers on its share of the batches.
+
+    Within an epoch they differ from rank to rank; at its end they are averaged.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._buffers: list[torch.Tensor] = []
+        for network in networks:
+            constants = set(models.constant_buffers(network))
+            self._buffers += [
+                buffer
+                for name, buffer in network.named_buffers()
+                if buffer.is_floating_point() and name not in constants
+            ]
+
+    def row(self) -> torch.Tensor:
+        """All of them in one tensor, (n,): one message instead of two for each batch norm."""
+        if not self._buffers:
+            return torch.zeros(0)
+        return torch.cat([buffer.flatten() for buffer in self._buffers])
+
+    def set(self, row: torch.Tensor) -> None:
+        """Take over what ``row`` gave, here or on another rank.
+
+        Raises:
+            ValueError: for the row of another network.
+        """
+        sizes = [buffer.numel() for buffer in self._buffers]
+        if len(row) != sum(sizes):
+            raise ValueError(f"{len(row)} batch norm statistics for a network with {sum(sizes)}")
+        for buffer, values in zip(self._buffers, row.split(sizes), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+    def average(self, context: TrainContext) -> None:
+        """Make them the same on all ranks."""
+        if context.world_size > 1 and self._buffers:
+            row = self.row()
+            context.sum_over_ranks(row)
+            self.set(row / context.world_size)

@@ -122,6 +122,7 @@ class TrainingDisplay:
         self.epochs = epochs
         self._hardware = hardware
         self._accuracy = ""
+        self._done = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"_on_{event['kind']}", None)
@@ -140,11 +141,22 @@ class TrainingDisplay:
             self.display.stage("train", f"on {self._hardware}")
 
     def _on_resumed(self, event: dict[str, Any]) -> None:
-        self.display.stage("train", f"continuing after epoch {event['epoch']} of {self.epochs}")
+        self._done = 0
+        self.display.stage("train", f"continuing after {self._place(event)}")
 
     def _on_restart(self, event: dict[str, Any]) -> None:
         self.display.close_bar()
-        self.display.note(f"{event['text']}; restarting from the last checkpoint")
+        trace = f"; the full trace is in {event['trace']}" if event["trace"] else ""
+        self.display.note(f"{event['text']}; restarting from the last checkpoint{trace}")
+
+    def _on_stopped(self, event: dict[str, Any]) -> None:
+        self.display.stage("train", f"saved after {self._place(event)}")
+
+    def _place(self, event: dict[str, Any]) -> str:
+        """How far a training is, in words."""
+        if not event["done"]:
+            return f"epoch {event['epoch']} of {self.epochs}"
+        return f"step {event['done']:,} of epoch {event['epoch'] + 1} of {self.epochs}"
 
     def _on_step(self, event: dict[str, Any]) -> None:
         done = event["epoch"] * event["steps"] + event["done"]
@@ -158,6 +170,9 @@ class TrainingDisplay:
         self._show(event["epoch"] - 1, event["step"], event["steps"], metrics)
 
     def _show(self, epoch: int, done: int, total: int, figures: dict[str, Any]) -> None:
+        if done < self._done:  # an epoch is told when it is safe, and the next one may be under way
+            return
+        self._done = done
         text = (
             f"epoch {epoch + 1}/{self.epochs}  loss {figures['train_loss']:.3f}  "
             f"train {figures['train_top1']:.1f}%{self._accuracy}"

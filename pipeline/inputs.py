@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import data_prep
@@ -116,11 +117,15 @@ def source_options(experiment: Experiment) -> dict[str, Any]:
 
 
 def with_absolute_folders(experiment: Experiment) -> Experiment:
-    """The experiment with its folders as this machine means them, for another one."""
-    data = experiment.data
+    """The experiment with its folders as this machine means them, for another process."""
+    data, kept = experiment.data, experiment.checkpoint.folder
     folders = {key: getattr(data, key) for key in ("root", "raw", "prepared")}
     absolute = {key: path.absolute() for key, path in folders.items() if path is not None}
-    return experiment.model_copy(update={"data": data.model_copy(update=absolute)})
+    changes: dict[str, Any] = {"data": data.model_copy(update=absolute)}
+    if kept is not None and "://" not in kept:
+        folder = str(Path(kept).expanduser().absolute())
+        changes["checkpoint"] = experiment.checkpoint.model_copy(update={"folder": folder})
+    return experiment.model_copy(update=changes)
 
 
 def prepare(

@@ -15,10 +15,14 @@ from torch.profiler import record_function
 import data_prep
 import models
 from pipeline import inputs as data
-from pipeline.averaging import MovingAverage, average_statistics
-from pipeline.checkpoint import CheckpointStore, Progress, TrainingState, kept_epoch
+from pipeline.averaging import MovingAverage, Statistics
+from pipeline.checkpoint import CheckpointStore, kept_epoch
+from pipeline.context import Wish
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.meter import Checks, Meter, not_finite
 from pipeline.optim import build_optimizer, learning_rate, plateau_factor
+from pipeline.saving import Saving
+from pipeline.training_state import Progress, TrainingState
 from pipeline.training_step import TrainingStep, autocast, low_precision
 
 if TYPE_CHECKING:
@@ -31,13 +35,12 @@ if TYPE_CHECKING:
 #: Seconds between two progress events, each of which waits for the device once.
 PROGRESS_INTERVAL = 0.5
 
-#: Steps between two checks of the loss on all ranks together.
-CHECK_STEPS = 50
-
-_NO_STEP = 2**62
-
 #: Of smaller files nobody asks how they are cached.
 _NOTED_BYTES = 1 << 30
+
+
+class _Stopped(Exception):
+    """On all ranks: the state is saved, and nothing more is to be done."""
 
 
 def build_model(experiment: Experiment, inputs: Inputs) -> nn.Module:
@@ -69,20 +72,28 @@ def train(
     """Train from the newest valid checkpoint, or from the beginning, to the last epoch.
 
     Progress and results leave as events of the context. The last one, ``evaluation``, names the
-    epoch whose checkpoint has the trained weights. Each rank calls this with the same arguments.
+    epoch whose checkpoint has the trained weights; or it is ``stopped``, after the state was saved
+    because the context wished to stop. Each rank calls this with the same arguments.
 
     Args:
         sources: weights to begin with, and a teacher's, where the experiment names any.
 
     Raises:
         FloatingPointError: at a loss that is not finite, naming the epoch and step.
+        CheckpointError: when a checkpoint cannot be written.
     """
     training = _Training(experiment, manifest, store, context, sources)
-    while training.progress.epoch < experiment.train.epochs:
-        metrics = training.train_epoch()
-        metrics |= training.evaluate_epoch()
-        training.finish_epoch(metrics)
-    training.evaluate_result()
+    try:
+        while training.progress.epoch < experiment.train.epochs:
+            metrics = training.train_epoch()
+            metrics |= training.evaluate_epoch()
+            training.finish_epoch(metrics)
+        training.evaluate_result()
+    except _Stopped:
+        progress = training.progress
+        context.event("stopped", epoch=progress.epoch, done=progress.done)
+    finally:
+        training.saving.close()
 
 
 class _Training:
@@ -101,6 +112,7 @@ class _Training:
         torch.backends.cudnn.benchmark = True
         self.experiment, self.recipe, self.manifest = experiment, recipe, manifest
         self.store, self.context = store, context
+        context.beat("opening the data", 0)
         context.event("phase", text=f"opening the prepared data{_cache_note(experiment, manifest)}")
         self.loader = self._open("train", training=True)
         # What an epoch is judged by: held-out images, where the recipe holds any out.
@@ -120,11 +132,18 @@ class _Training:
         self.state = TrainingState(
             model, optimizer, self.step.scaler, self.average.model if self.average else None
         )
-        self.progress = self._restore()
-        if recipe.compile != "none" and self.progress.epoch < recipe.epochs:
+        networks = [model] if self.average is None else [model, self.average.model]
+        self.statistics = Statistics(networks)
+        self.checks = Checks(context)
+        self.saving = Saving(
+            experiment, store, context, self.state, self.statistics, self.loader.steps_per_epoch
+        )
+        # Of an epoch that goes on, also what this rank has counted in it.
+        self.progress, self.counted = self.saving.restore(Meter(context).row())
+        if self.progress.epoch < recipe.epochs:
             images, channels = self.loader.images_per_step, manifest.channels
             sizes = data.training_sizes(recipe, manifest)
-            self.step.compile([(images, channels, size, size) for size in sizes])
+            self.step.prepare([(images, channels, size, size) for size in sizes])
 
     def _begin_with(self, sources: Sources, model: nn.Module) -> nn.Module | None:
         """Give the network the weights that it begins with; return its teacher, if it has one."""
@@ -150,32 +169,28 @@ class _Training:
             device=self.context.device,
         )
 
-    def _restore(self) -> Progress:
-        """Go on from the newest valid checkpoint, on which all ranks agree."""
-        context = self.context
-        newest = self.store.newest(lambda line: context.event("note", text=line))
-        epoch = context.agree(-1 if newest is None else newest)
-        if epoch < 1:
-            return Progress(0, 0, [])
-        progress = self.store.load(epoch, self.state)
-        context.event("resumed", epoch=epoch, history=progress.history)
-        return progress
-
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the training split; metrics are means over all ranks."""
-        recipe, context, progress = self.recipe, self.context, self.progress
+        """The pass over the training split, or what is left of it; metrics are over all ranks.
+
+        Raises:
+            _Stopped: on all ranks, when one was asked to stop; the state is saved.
+        """
+        recipe, context, progress, checks = self.recipe, self.context, self.progress, self.checks
         steps = self.loader.steps_per_epoch
         losses = [epoch["validation_loss"] for epoch in progress.history if recipe.validation]
         factor = plateau_factor(recipe, losses)
         self.step.train()
-        meter = _Meter(context)
-        started = told = time.perf_counter()
-        rate = 0.0
-        with self.loader.epoch(progress.epoch) as batches:
-            for done in range(1, steps + 1):
+        meter, self.counted = Meter(context, self.counted), None
+        checks.begin_epoch()
+        told = time.perf_counter()
+        first = progress.step - progress.done
+        with self.loader.epoch(progress.epoch, progress.done) as batches:
+            for done in range(progress.done + 1, steps + 1):
+                step = first + done - 1
+                context.beat("reading images", step, checks.usual)
                 with record_function("data"):
                     images, labels = next(batches)
-                step = progress.step + done - 1
+                context.beat("computing", step, checks.usual)
                 # Dropout and the like draw the same numbers whether or not the run was interrupted.
                 torch.manual_seed(hash((self.experiment.seed, step, context.rank)) % 2**63)
                 rate = learning_rate(recipe, step, steps) * factor
@@ -184,37 +199,57 @@ class _Training:
                     self.average.update(step)
                 with record_function("report"):
                     meter.add(step, loss, hits, len(labels))
-                    if done % CHECK_STEPS == 0:
-                        meter.check(progress.epoch)
                     now = time.perf_counter()
                     if context.rank == 0 and now - told > PROGRESS_INTERVAL:
                         told = now
-                        figures = {"images_per_second": done * recipe.batch_size / (now - started)}
-                        self._tell_step(done, steps, figures | meter.means())
-        meter.check(progress.epoch)
-        seconds = time.perf_counter() - started
+                        self._tell_step(done, meter)
+                    if checks.is_due() or done == steps or self.saving.is_due(step + 1, done):
+                        self._check(meter, done)
         meter.sum_over_ranks()
+        seconds = meter.seconds
         return {
             **meter.means(),
-            "lr": rate,
-            "images_per_second": steps * recipe.batch_size / seconds,
+            "lr": learning_rate(recipe, first + steps - 1, steps) * factor,
+            "images_per_second": meter.images / seconds,
             "train_seconds": seconds,
             "peak_memory_bytes": float(_peak_memory(context.device)),
         }
 
-    def _tell_step(self, done: int, steps: int, figures: dict[str, float]) -> None:
-        self.context.event("step", epoch=self.progress.epoch, done=done, steps=steps, **figures)
+    def _check(self, meter: Meter, done: int) -> None:
+        """Stop all ranks at a bad loss of any; save where it is time to, or somebody asks."""
+        saving, progress = self.saving, self.progress
+        step = progress.step - progress.done + done
+        verdict = self.checks.agree(saving.wish(progress, done), meter.first_bad)
+        if verdict.bad_step is not None:
+            raise not_finite(verdict.bad_step, progress.epoch)
+        saving.tell()
+        if verdict.wish is Wish.NOTHING and not saving.is_due(step, done):
+            return
+        self.context.beat("saving", step)
+        self.progress = Progress(progress.epoch, step, progress.history, done)
+        saving.save(self.progress, meter.row())
+        if verdict.wish is Wish.STOP:
+            saving.finish()
+            raise _Stopped
+
+    def _tell_step(self, done: int, meter: Meter) -> None:
+        self.context.event(
+            "step",
+            epoch=self.progress.epoch,
+            done=done,
+            steps=self.loader.steps_per_epoch,
+            images_per_second=done * self.recipe.batch_size / meter.seconds,
+            **meter.means(),
+        )
 
     def evaluate_epoch(self) -> dict[str, float]:
         """Evaluate the weights that would be kept, on the images that epochs are judged by."""
-        for model in (self.state.model, self.state.average):
-            if model is not None:
-                average_statistics(model, self.context)
+        self.statistics.average(self.context)
         started = time.perf_counter()
         evaluation = self._evaluate(self.watched, self.watched_loader, fast=True)
         if not math.isfinite(evaluation.loss):
-            last = self.progress.step + self.loader.steps_per_epoch - 1
-            raise _not_finite(last, self.progress.epoch)
+            last = self.progress.step - self.progress.done + self.loader.steps_per_epoch - 1
+            raise not_finite(last, self.progress.epoch)
         seconds = time.perf_counter() - started
         return evaluation.metrics(self.watched) | {"evaluate_seconds": seconds}
 
@@ -232,26 +267,21 @@ class _Training:
             )
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
-        """Keep the state, tell the metrics, and let every rank report them."""
-        context, steps = self.context, self.loader.steps_per_epoch
-        self.progress = Progress(
-            self.progress.epoch + 1, self.progress.step + steps, [*self.progress.history, metrics]
-        )
-        if context.rank == 0:
-            started = time.perf_counter()
-            self.store.save(self.state, self.progress)
-            metrics = metrics | {"checkpoint_seconds": time.perf_counter() - started}
-        context.event(
-            "epoch",
-            epoch=self.progress.epoch,
-            step=self.progress.step,
-            steps=self.recipe.epochs * steps,
-            metrics=metrics,
-        )
-        context.report(metrics)
+        """Keep the state and the metrics, and stop here where that is asked for."""
+        metrics |= {"checkpoint_seconds": self.saving.held_up(), "time": time.time()}
+        before = self.progress
+        step = before.step - before.done + self.loader.steps_per_epoch
+        self.progress = Progress(before.epoch + 1, step, [*before.history, metrics])
+        self.saving.save(self.progress)
+        self.context.report(metrics)
+        if self.checks.agree(self.context.wish()).wish is Wish.STOP:
+            self.saving.finish()
+            raise _Stopped
+        self.saving.tell()
 
     def evaluate_result(self) -> None:
         """Evaluate the result on the test split, in float32, and tell all about it."""
+        self.saving.finish()
         kept = kept_epoch(self.progress.history)
         if kept != self.progress.epoch:
             result = self.state.average if self.state.average is not None else self.state.model
@@ -299,42 +329,3 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _not_finite(step: int, epoch: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"the loss was not finite at step {step} (epoch {epoch + 1}); "
-        "lower train.lr or raise train.warmup_epochs"
-    )
-
-
-class _Meter:
-    """Running sums of an epoch that stay on the device until somebody asks."""
-
-    def __init__(self, context: TrainContext) -> None:
-        self._context = context
-        self._sums = torch.zeros(2, dtype=torch.float64, device=context.device)
-        self._images = 0
-        self._first_bad = torch.full((), _NO_STEP, dtype=torch.int64, device=context.device)
-
-    def add(self, step: int, loss: torch.Tensor, hits: torch.Tensor, images: int) -> None:
-        self._images += images
-        self._sums += torch.stack((loss.double() * images, hits.double()))
-        bad = torch.where(torch.isfinite(loss), _NO_STEP, step)
-        self._first_bad = torch.minimum(self._first_bad, bad)
-
-    def check(self, epoch: int) -> None:
-        """Stop on every rank when the loss of any rank was not finite."""
-        first = self._context.minimum_over_ranks(self._first_bad)
-        if first != _NO_STEP:
-            raise _not_finite(first, epoch)
-
-    def sum_over_ranks(self) -> None:
-        images = torch.tensor([self._images], device=self._context.device)
-        self._context.sum_over_ranks(self._sums)
-        self._context.sum_over_ranks(images)
-        self._images = int(images)
-
-    def means(self) -> dict[str, float]:
-        loss, hits = self._sums.tolist()
-        return {"train_loss": loss / self._images, "train_top1": 100 * hits / self._images}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,25 +165,38 @@ class TrainingStep:
             hits += (logits.detach().argmax(dim=1) == classes).sum()
         return total, hits
 
-    def compile(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
-        """Compile what ``train.compile`` names, or go on without, on all ranks, and say so.
+    def prepare(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
+        """Compile what ``train.compile`` names, and settle in which order gradients are summed.
 
         Made-up batches are taken forward and backward, which leaves no trace in the network.
 
         Args:
             shapes: that the images of this rank's share will have, (N, C, H, W).
         """
+        if self._recipe.compile != "none":
+            self._compile(shapes)
+        if self._context.world_size > 2:
+            # After its first step DistributedDataParallel packs gradients anew, and a sum of three
+            # depends on their place in the message: without this, the first step of a training
+            # that is continued would round otherwise than the same step of one that was not.
+            with self._leaving_no_trace():
+                images = torch.zeros(shapes[0], device=self._context.device)
+                self.backward(images, images.new_zeros(len(images), dtype=torch.int64))
+
+    def _compile(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
+        """Compile, or go on without, on all ranks, and say so."""
         # It warns that there is no CUDA where there is none.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         what, context = self._recipe.compile, self._context
+        context.beat("compiling", 0)
         context.event("phase", text=f"compiling the {what} with torch.compile")
         if what == "model":
             self._forward = torch.compile(self._replica)
         else:
             models.compile_quantizers(self._model)
         problem = self._problem_of_compiling(shapes)
-        works = torch.tensor(int(not problem), device=context.device)
-        if not context.minimum_over_ranks(works):
+        works = torch.tensor([int(not problem)], device=context.device)
+        if context.minima_over_ranks(works) == [0]:
             self._forward = self._replica
             for _, layer in models.quantized_layers(self._model):
                 layer.compiled = False
@@ -195,26 +208,34 @@ class TrainingStep:
         """Why one of the batches cannot be computed; empty where all can."""
         from torch._dynamo.exc import TorchDynamoException
 
-        device, problem = self._context.device, ""
-        statistics = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        self._replica.train()
+        device = self._context.device
         try:
             for shape in shapes:
+                self._context.beat("compiling", 0)
                 labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
                 images = torch.zeros(shape, device=device)
                 if shape[1] > 1:
                     images = images.contiguous(memory_format=torch.channels_last)
                 for part in images.tensor_split(self._recipe.accumulation):
                     # Without a word to the other ranks, of which one may fail alone.
-                    with self._context.no_sync(self._replica):
+                    with self._leaving_no_trace(), self._context.no_sync(self._replica):
                         self._loss(part, labels[: len(part)])[0].backward()
         except TorchDynamoException as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            problem = f"{type(error).__name__}: {' '.join(lines[:2])}"
-        self._optimizer.zero_grad(set_to_none=True)
-        for name, buffer in self._model.named_buffers():
-            buffer.copy_(statistics[name])
-        return problem
+            return f"{type(error).__name__}: {' '.join(lines[:2])}"
+        return ""
+
+    @contextlib.contextmanager
+    def _leaving_no_trace(self) -> Iterator[None]:
+        """Within it, the network trains on made-up images, and afterwards is as before."""
+        statistics = [buffer.clone() for buffer in self._model.buffers()]
+        self._replica.train()
+        try:
+            yield
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            for buffer, value in zip(self._model.buffers(), statistics, strict=True):
+                buffer.copy_(value)
 
     def _loss(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """Mean loss of images, in float32, and their logits."""

@@ -21,6 +21,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Data, Experiment, Recipe
 from pipeline.context import TrainContext
 from pipeline.loop import train
+from pipeline.storage import LocalStorage
 
 FOLDER = Path(__file__).parent
 RECIPE = Recipe(epochs=10, batch_size=32, lr=0.05, warmup_epochs=2, shift=1)
@@ -58,7 +59,7 @@ def loss_curve(method: str, manifest, folder: Path) -> list[float]:
 
     context = TrainContext(take)
     context.device = torch.device("cpu")
-    train(experiment, manifest, CheckpointStore(folder, "golden"), context)
+    train(experiment, manifest, CheckpointStore(LocalStorage(folder), "golden"), context)
     return [round(loss, 6) for loss in losses]
 
 

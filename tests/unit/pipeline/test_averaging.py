@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import models
-from pipeline.averaging import MovingAverage, average_statistics
+from pipeline.averaging import MovingAverage, Statistics
 from pipeline.context import TrainContext
 
 
@@ -72,8 +73,34 @@ def test_statistics_are_averaged_in_one_message():
     moved(model, 0)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     context = TwoRanks()
-    average_statistics(model, context)
+    Statistics([model]).average(context)
     assert context.messages == 1
     for name, buffer in model.named_buffers():
         expected = before[name] / 2 if buffer.is_floating_point() else before[name]
         assert torch.equal(buffer, expected), name
+
+
+def test_statistics_are_put_back_where_they_were():
+    norms = [nn.BatchNorm2d(4) for _ in range(2)]
+    networks = [nn.Sequential(nn.Conv2d(3, 4, 1), norm) for norm in norms]
+    for number, network in enumerate(networks):
+        moved(network, number)
+    statistics = Statistics(networks)
+    before = [buffer.clone() for network in networks for buffer in network.buffers()]
+    row = statistics.row()
+    for norm in norms:
+        norm.reset_running_stats()
+    statistics.set(row)
+    after = [buffer for network in networks for buffer in network.buffers()]
+    assert len(row) == 16
+    for was, now in zip(before, after, strict=True):
+        assert torch.equal(was, now) or not now.is_floating_point()
+
+
+def test_statistics_of_another_network_are_refused():
+    with pytest.raises(ValueError, match="8 batch norm statistics for a network with 6"):
+        Statistics([nn.BatchNorm2d(3)]).set(Statistics([nn.BatchNorm2d(4)]).row())
+
+
+def test_a_network_without_batch_norm_has_none():
+    assert len(Statistics([nn.Linear(3, 3)]).row()) == 0

@@ -52,10 +52,14 @@ def test_on_a_terminal_one_bar_is_redrawn_in_place():
 def test_a_restart_is_said():
     output = io.StringIO()
     training = TrainingDisplay(Display(Console(file=output, width=200)), epochs=3)
-    training({"kind": "restart", "text": "a worker process was killed or crashed"})
-    training({"kind": "resumed", "epoch": 1, "history": []})
+    trace = "runs/failure-1.txt"
+    training({"kind": "restart", "text": "worker 1 was killed or crashed", "trace": trace})
+    training({"kind": "restart", "text": "worker 0 was killed or crashed", "trace": None})
+    training({"kind": "resumed", "epoch": 1, "done": 0, "history": []})
     shown = output.getvalue()
-    assert "killed or crashed; restarting from the last checkpoint" in shown
+    restarting = "was killed or crashed; restarting from the last checkpoint"
+    assert f"worker 1 {restarting}; the full trace is in runs/failure-1.txt\n" in shown
+    assert f"worker 0 {restarting}\n" in shown
     assert "continuing after epoch 1 of 3" in shown
 
 
@@ -97,3 +101,30 @@ def test_a_stage_of_days_is_never_silent_for_longer_than_half_an_hour(monkeypatc
         display.progress("train", done, 600)
     lines = len(output.getvalue().splitlines())
     assert 600 * 600 / LONGEST_SILENCE * 0.7 <= lines <= 600 * 600 / LONGEST_SILENCE * 1.1
+
+
+def test_a_place_within_an_epoch_is_said():
+    output = io.StringIO()
+    training = TrainingDisplay(Display(Console(file=output, width=200)), epochs=4)
+    training({"kind": "resumed", "epoch": 1, "done": 1023, "history": []})
+    training({"kind": "stopped", "epoch": 2, "done": 0})
+    text = output.getvalue()
+    assert "continuing after step 1,023 of epoch 2 of 4" in text
+    assert "saved after epoch 2 of 4" in text
+
+
+def test_an_epoch_that_is_told_late_does_not_move_the_bar_back():
+    shown: list[tuple[int, str]] = []
+
+    class Noting(Display):
+        def progress(self, stage: str, done: int, total: int, text: str = "") -> None:
+            shown.append((done, text))
+
+    training = TrainingDisplay(Noting(), epochs=2)
+    figures = {"train_loss": 1.0, "train_top1": 50.0, "images_per_second": 10.0}
+    training({"kind": "step", "epoch": 1, "done": 3, "steps": 10, **figures})
+    metrics = {**figures, "test_top1": 61.25}
+    training({"kind": "epoch", "epoch": 1, "step": 10, "steps": 20, "metrics": metrics})
+    training({"kind": "step", "epoch": 1, "done": 4, "steps": 10, **figures})
+    assert [done for done, _ in shown] == [13, 14]
+    assert "61.25" in shown[1][1]

@@ -18,6 +18,7 @@ from pipeline.evaluate import Evaluation, evaluate
 from pipeline.failures import TrainingError
 from pipeline.launch import train_locally
 from pipeline.loop import build_model, train
+from pipeline.storage import LocalStorage
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def run(experiment, manifest, folder, tell=lambda event: None):
 
     context = TrainContext(both)
     context.device = torch.device("cpu")
-    store = CheckpointStore(folder, experiment.identity(manifest.fingerprint))
+    store = CheckpointStore(LocalStorage(folder), experiment.identity(manifest.fingerprint))
     train(experiment, manifest, store, context)
     model = build_model(experiment, manifest)
     store.load_model(events[-1]["epoch"], model)
@@ -137,11 +138,20 @@ def test_a_broken_file_in_training_is_one_line(manifest, tmp_path):
 
 
 def test_an_unforeseen_error_is_one_line_and_a_trace_in_a_file(manifest, tmp_path):
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(TrainingError, match=r"error\.txt") as caught:
-        train_locally(small(epochs=1), manifest, tmp_path, lambda event: None)
+    def broken(event):
+        if event["kind"] == "phase":
+            raise KeyError("unforeseen")
+
+    with pytest.raises(TrainingError, match=r"unforeseen.*failure-1\.txt") as caught:
+        train_locally(small(epochs=1), manifest, tmp_path, broken)
     assert "\n" not in str(caught.value)
-    assert "Traceback" in (tmp_path / "error.txt").read_text()
+    assert "Traceback" in (tmp_path / "failure-1.txt").read_text()
+
+
+def test_a_place_that_cannot_be_read_is_one_line(manifest, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(TrainingError, match=r"cannot read checkpoints in .*: Not a directory"):
+        train_locally(small(epochs=1), manifest, tmp_path, lambda event: None)
 
 
 def test_bfloat16_changes_the_arithmetic_and_keeps_float32_weights(manifest, tmp_path):

@@ -30,6 +30,10 @@ def small_network() -> nn.Sequential:
     )
 
 
+def without_relu(network: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(*(layer for layer in network if not isinstance(layer, nn.ReLU)))
+
+
 def binary_network() -> nn.Module:
     return models.create_model("lenet5", "binary", num_classes=5, in_channels=3, image_size=28)
 
@@ -167,7 +171,8 @@ def test_a_float16_step_that_overflows_is_skipped_and_the_next_ones_count(optimi
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_low_precision_gradients_are_near_those_of_float32(precision):
-    low, full = small_network(), small_network()
+    """Without ReLU: one that rounding turns on or off would make a jump."""
+    low, full = (without_relu(small_network()) for _ in range(2))
     images, labels = batch()
     step = make_step(low, precision=precision)
     step.backward(images, labels)
@@ -176,7 +181,7 @@ def test_low_precision_gradients_are_near_those_of_float32(precision):
     for mine, expected in zip(gradients(low), gradients(full), strict=True):
         assert mine.dtype == torch.float32
         assert not torch.equal(mine / scale, expected), "it would not be low precision"
-        assert (mine / scale - expected).norm() < 0.05 * expected.norm()
+        assert (mine / scale - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}])
@@ -249,7 +254,7 @@ def test_what_cannot_be_compiled_trains_without_and_a_line_says_so_each_time(wha
         recipe = Recipe(compile=what, batch_size=10)
         optimizer = build_optimizer(network, recipe)
         step = TrainingStep(recipe, network, network, optimizer, on_cpu(events.append), classes=5)
-        step.compile([(10, 3, 28, 28)])
+        step.prepare([(10, 3, 28, 28)])
         [note] = [event["text"] for event in events if event["kind"] == "note"]
         assert f"train.compile={what} does not work here" in note
         assert "no compiler here" in note
@@ -264,7 +269,7 @@ def test_trying_the_compiler_leaves_no_trace_and_the_steps_are_the_same(monkeypa
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, "backend": "eager"}))
     fast, plain = (nn.Sequential(nn.BatchNorm2d(3), small_network()) for _ in range(2))
     step = make_step(fast, compile="model", accumulation=3)
-    step.compile(SHAPES)
+    step.prepare(SHAPES)
     assert gradients(fast) == []
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, fast.state_dict()[name]), name
@@ -288,7 +293,7 @@ def test_all_sizes_of_a_growing_image_are_compiled_before_the_first_step(monkeyp
     options = {"backend": counting, "dynamic": False}
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, **options}))
     step = make_step(small_network(), compile="model")
-    step.compile(SHAPES)
+    step.prepare(SHAPES)
     before = len(graphs)
     assert before >= len(SHAPES)
     for size in (8, 12, 8):
@@ -301,7 +306,7 @@ def test_all_sizes_of_a_growing_image_are_compiled_before_the_first_step(monkeyp
 def test_a_compiled_network_trains_as_torch_does():
     fast, plain = (nn.Sequential(nn.BatchNorm2d(3), small_network()) for _ in range(2))
     step, other = make_step(fast, compile="model"), make_step(plain)
-    step.compile([(10, 3, 8, 8)])
+    step.prepare([(10, 3, 8, 8)])
     images, labels = batch()
     images = images.contiguous(memory_format=torch.channels_last)
     for _ in range(3):
