@@ -14,6 +14,8 @@ from typing import NoReturn
 from pipeline.config import Experiment, PipelineError, nearest
 from pipeline.describe import console, describe, dry_run, list_parts
 from pipeline.experiments import check_parts, data_only, load_experiment, untuned_note
+from pipeline.runlist import UnclearRunError
+from pipeline.sections import without_credentials
 from pipeline.settings import load_yaml, override, parse_overrides, without_effect
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
@@ -101,6 +103,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(arguments)
     except PipelineError as error:
+        if isinstance(error, UnclearRunError) and error.runs:
+            console().print(error.table())
         print(f"error: {error}{_how_to_continue(arguments, error.run)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
@@ -116,9 +120,18 @@ def _how_to_continue(arguments: Sequence[str], run: str | None) -> str:
     """What to add to a message: the command that goes on with this run."""
     if run is None:
         return ""
-    words = [word for word in arguments if word != run and not word.startswith("--resume")]
+    words, said = [], []
+    for word, before in zip(arguments, ["", *arguments], strict=False):
+        is_run = before == "--resume" and "=" not in word and not word.startswith("-")
+        if is_run or word.partition("=")[0] == "--resume":
+            continue
+        key, equals, value = word.partition("=")
+        words.append(f"{key}{equals}{without_credentials(value)}")
+        if words[-1] != word:
+            said.append(key)
     command = shlex.join([sys.executable, sys.argv[0], *words, "--resume", run])
-    return f"; continue with: {command}"
+    note = f" (with the password of {' and '.join(said)})" if said else ""
+    return f"; continue with: {command}{note}"
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import data_prep
 from data_prep.datasets import Normalization
-from pipeline import inputs, launch
+from pipeline import inputs, launch, runfolder, weight_sources
 from pipeline.checkpoint import run_identity
 from pipeline.config import Experiment, PipelineError, Recipe
 from pipeline.display import Display, duration
 from pipeline.experiments import check_parts
 from pipeline.loop import build_model
 from pipeline.optim import peak_rate
-from pipeline.weight_sources import resolve
+from pipeline.storage import check_storage
 from pipeline.weights import Sources, Weights, build_teacher, load_into
 
 if TYPE_CHECKING:
     from data_prep import Dataset, Manifest
+    from pipeline.runfolder import RunFolder
     from pipeline.tracking import TrackingStore
 
 
@@ -43,31 +46,86 @@ class Materials:
         """Of a run of this experiment, see ``Experiment.identity``."""
         return run_identity(experiment, self.manifest, self.sources)
 
+    def record(self) -> dict[str, Any]:
+        """What a run's record says of them, so that a later process can tell what has changed."""
+        manifest = self.manifest
+        return {
+            "data": {
+                "fingerprint": manifest.fingerprint,
+                "mean": list(manifest.mean),
+                "std": list(manifest.std),
+            },
+            "sources": {
+                "init_from": weight_sources.record(self.sources.initial),
+                "train.teacher": weight_sources.record(self.sources.teacher),
+            },
+        }
 
-def gather(experiment: Experiment, display: Display) -> Materials:
+    @contextmanager
+    def run_folder(
+        self, experiment: Experiment, resume: bool | str, suffix: str = ""
+    ) -> Iterator[RunFolder]:
+        """The folder of a run of this experiment, see ``runfolder.opened``.
+
+        Args:
+            suffix: of the identity, for a folder that is not of one run.
+        """
+        identity = self.identity(experiment) + suffix
+        record, warn = self.record(), self.display.note
+        with runfolder.opened(experiment, identity, resume, record, warn) as folder:
+            yield folder
+
+
+def gather(experiment: Experiment, display: Display, resume: bool | str = False) -> Materials:
     """Check the experiment, then open and prepare what it needs.
+
+    Args:
+        resume: the run to continue, as of ``stages.run``; it goes on with the weights from
+            elsewhere that it began with.
 
     Raises:
         PipelineError: one line, when something is wrong or missing.
     """
     dataset = check(experiment)
-    sources = _find_weights(experiment, display)
+    check_storage(experiment)
+    sources = _find_weights(experiment, display, runfolder.begun_with(experiment, resume))
     _try_weights(experiment, dataset, sources, display)
     store = _open_tracking(experiment)
     manifest = prepare(experiment, dataset, display)
     return Materials(display, manifest, store, sources)
 
 
-def _find_weights(experiment: Experiment, display: Display) -> Sources:
-    """Fetch the weights that the experiment names, before anything long begins."""
+def _find_weights(experiment: Experiment, display: Display, begun: dict[str, Any]) -> Sources:
+    """Fetch the weights that the experiment names, before anything long begins.
+
+    Args:
+        begun: those that a run to be continued began with, as in its record.
+    """
 
     def tell(text: str) -> None:
         display.stage("weights", text)
 
-    def find(source: str | None) -> Weights | None:
-        return None if source is None else resolve(source, experiment, tell)
+    def find(key: str, source: str | None) -> Weights | None:
+        if source is None:
+            return None
+        recorded = begun.get(key)
+        if recorded is None or recorded["source"] != source:
+            return weight_sources.resolve(source, experiment, tell)
+        weights = weight_sources.kept(recorded, experiment)
+        if weights is None:
+            tell(f"{source} again, for the copy that the run began with is gone or damaged")
+            weights = weight_sources.resolve(source, experiment, tell)
+        if weights.digest != recorded["digest"]:
+            raise PipelineError(
+                f"{source} is not any more what the run began with: {recorded['origin']}, SHA-256 "
+                f"{recorded['digest'][:8]} (now {weights.digest[:8]}); start a new run"
+            )
+        return weights
 
-    return Sources(find(experiment.init_from), find(experiment.train.teacher))
+    return Sources(
+        find("init_from", experiment.init_from),
+        find("train.teacher", experiment.train.teacher),
+    )
 
 
 def _try_weights(

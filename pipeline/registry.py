@@ -11,15 +11,10 @@ Beside the graph lies what another training can begin with: the trained network'
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
-import pickle
-import pickletools
 import re
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +23,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from pipeline.config import Data, Experiment, PipelineError, Scaling, Tracking, nearest
-from pipeline.stores import NotRegisteredError, TrackingStore, reason, store_errors
+from pipeline.artifact import (
+    EXPERIMENT,
+    TRAINING,
+    WEIGHTS,
+    no_buffer_warning,
+    refuse_pickled_code,
+    save_companions,
+    strip_archive,
+)
+from pipeline.config import Experiment, PipelineError, nearest
+from pipeline.stores import NotRegisteredError, TrackingStore, is_away, reason, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,11 +44,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the logits, against the largest one (at least 1)
 LONGEST_DESCRIPTION = 5000  # characters, MLflow's limit
-PICKLE_START = b"\x80"  # of every pickle since protocol 2; torch writes no older ones
-# What a pickle needs to get hold of an object or to call one; without these it is plain data.
-CODE_OPCODES = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
-CODE_OPCODES |= {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"}
-TRAINING, WEIGHTS, EXPERIMENT = "training", "weights.safetensors", "experiment.yaml"
+#: Notes what was created, and how and with which arguments it is deleted.
+Undo = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -96,35 +96,79 @@ def register(
         PipelineError: store or `torch.export` refuse, the export holds pickled code or gives other
             logits. After any error the alias is where it was and what was created is deleted.
     """
-    from mlflow.entities import LoggedModelOutput
-
-    client = store.client
     images = torch.randn(7, *example_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = reference(images)
     with (
         store_errors(f"cannot register {name} in {store.uri}"),
         tempfile.TemporaryDirectory(prefix="ternforge-") as scratch,
-        contextlib.ExitStack() as undo,
+        _undone_on_error() as undo,
     ):
-        experiment_id = client.get_run(run_id).info.experiment_id
-        logged = client.create_logged_model(experiment_id, name, run_id, dict(tags))
-        undo.callback(_delete, client.delete_logged_model, logged.model_id)
-        folder = Path(scratch, "model")
-        with _torch_errors(f"cannot export {name}"):
-            _save(model, folder, logged, images, logits, preprocessing)
-        _save_companions(folder, model_card, reference, experiment)
-        refuse_pickled_code(folder)
-        client.log_model_artifacts(logged.model_id, str(folder))
-        client.finalize_logged_model(logged.model_id, "READY")
-        version = _create_version(client, name, logged, model_card, tags, undo)
-        with _torch_errors(f"version {version} of {name} does not run"):
-            _verify(store, name, version, images, logits)
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        client.set_registered_model_alias(name, alias, version)
-        undo.pop_all()
-        size = (folder / "data" / "model.pt2").stat().st_size
-    return RegisteredModel(name, int(version), f"models:/{name}@{alias}", size)
+        version = _take_up(store, name, run_id, images, logits)
+        if version is None:
+            experiment_id = store.client.get_run(run_id).info.experiment_id
+            logged = store.client.create_logged_model(experiment_id, name, run_id, dict(tags))
+            undo(f"model {logged.model_id}", store.client.delete_logged_model, logged.model_id)
+            folder = Path(scratch, "model")
+            with _torch_errors(f"cannot export {name}"):
+                _save(model, folder, logged, images, logits, preprocessing)
+            save_companions(folder, model_card, reference, experiment)
+            refuse_pickled_code(folder)
+            store.client.log_model_artifacts(logged.model_id, str(folder))
+            store.client.finalize_logged_model(logged.model_id, "READY")
+            number = _create_version(store.client, name, logged, model_card, tags, undo)
+            size = _verify(store, name, number, images, logits)
+            version = _Version(number, logged.model_id, size)
+        _publish(store.client, name, version, run_id, alias)
+    uri = f"models:/{name}@{alias}"
+    return RegisteredModel(name, int(version.number), uri, version.size_bytes)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A verified version: its number, its logged model, and the bytes of its graph."""
+
+    number: str
+    model_id: str
+    size_bytes: int
+
+
+def _take_up(
+    store: TrackingStore, name: str, run_id: str, images: torch.Tensor, logits: torch.Tensor
+) -> _Version | None:
+    """The version that a process gave this run before it was killed.
+
+    A model that it left without a version is deleted.
+    """
+    client = store.client
+    experiment_id = client.get_run(run_id).info.experiment_id
+    models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    model_ids = {model.artifact_location: model.model_id for model in models if model.name == name}
+    taken_up = None
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        model_id, number = model_ids.pop(str(version.source), None), str(version.version)
+        if model_id is None:
+            continue
+        try:
+            size = _verify(store, name, number, images, logits)
+        except PipelineError:  # of weights that the run had before; now it has others
+            continue
+        taken_up = _Version(number, model_id, size)
+    for model_id in model_ids.values():
+        client.delete_logged_model(model_id)
+    return taken_up
+
+
+def _publish(client: MlflowClient, name: str, version: _Version, run_id: str, alias: str) -> None:
+    """Name the version as what its run gave, and let the alias point to it, but never back."""
+    from mlflow.entities import LoggedModelOutput
+
+    outputs = client.get_run(run_id).outputs
+    named = [] if outputs is None else [output.model_id for output in outputs.model_outputs]
+    if version.model_id not in named:
+        client.log_outputs(run_id, [LoggedModelOutput(version.model_id, step=0)])
+    if int(client.get_registered_model(name).aliases.get(alias, 0)) < int(version.number):
+        client.set_registered_model_alias(name, alias, version.number)
 
 
 @dataclass(frozen=True)
@@ -202,14 +246,32 @@ def _find_version(store: TrackingStore, name: str, wanted: str, *, is_alias: boo
     return str(int(wanted))
 
 
-def _delete(delete: Callable[..., None], *what: str) -> None:
-    """Delete what a failed registration created; the failure itself is what gets reported."""
+@contextlib.contextmanager
+def _undone_on_error() -> Iterator[Undo]:
+    """Gives what notes how to delete something; after an error all that is deleted, last first.
+
+    The error itself is what gets reported. With the store away, nothing can be deleted.
+    """
     from mlflow.exceptions import MlflowException
 
+    created: list[tuple[str, Callable[[], None]]] = []
+
+    def note(what: str, delete: Callable[..., None], *arguments: str) -> None:
+        created.append((what, partial(delete, *arguments)))
+
     try:
-        delete(*what)
-    except (MlflowException, OSError) as error:
-        logger.warning("left behind: %s (%s)", " ".join(what), reason(error))
+        yield note
+    except BaseException:
+        while created:
+            try:
+                created[-1][1]()
+            except (MlflowException, OSError) as error:
+                names = ", ".join(what for what, _ in reversed(created))
+                logger.warning("left behind: %s (%s)", names, reason(error))
+                if is_away(error):
+                    break
+            created.pop()
+        raise
 
 
 def _delete_empty(client: MlflowClient, name: str) -> None:
@@ -261,43 +323,8 @@ def _save(
         pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
         metadata=dict(preprocessing),
     )
-    _strip(folder / "data" / "model.pt2")
+    strip_archive(folder / "data" / "model.pt2")
     (folder / "preprocessing.json").write_text(json.dumps(dict(preprocessing), indent=2))
-
-
-def _save_companions(
-    folder: Path, model_card: str, trained: torch.nn.Module, experiment: Experiment
-) -> None:
-    """Write the card and what `fetch_training` gives back, without where the training ran."""
-    (folder / "model_card.md").write_text(model_card)
-    (folder / TRAINING).mkdir()
-    tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
-    save_file(tensors, folder / TRAINING / WEIGHTS)
-    elsewhere = {"root": None, "raw": None, "prepared": Data().prepared}
-    portable = {
-        "data": experiment.data.model_copy(update=elsewhere),
-        "scaling": Scaling(),
-        "tracking": Tracking(),
-    }
-    (folder / TRAINING / EXPERIMENT).write_text(experiment.model_copy(update=portable).to_yaml())
-
-
-def _strip(archive: Path) -> None:
-    """Take out of a .pt2 archive its pickle of tensors and the paths of this machine.
-
-    The example batch is the one member that torch always writes as a pickle. Both torch and
-    MLflow insist on reading it and on one entry per argument, so `((0,), {})` stays: a stream
-    that names no type. Each node of the graph keeps the stack trace of its making, with the
-    source paths of this checkout; nothing reads that.
-    """
-    with _no_buffer_warning():
-        program = torch.export.load(archive)
-    program.example_inputs = ((0,), {})
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)
-    torch.export.save(program, archive)
 
 
 def _create_version(
@@ -306,14 +333,14 @@ def _create_version(
     logged: LoggedModel,
     model_card: str,
     tags: Mapping[str, str],
-    undo: contextlib.ExitStack,
+    undo: Undo,
 ) -> str:
     """The number of a new version of `name`, which is created if missing."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(name)
-        undo.callback(_delete, partial(_delete_empty, client), name)
+        undo(f"registered model {name}", partial(_delete_empty, client), name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -327,68 +354,33 @@ def _create_version(
         model_id=logged.model_id,
     )
     number = str(version.version)
-    undo.callback(_delete, client.delete_model_version, name, number)
+    undo(f"version {number} of {name}", client.delete_model_version, name, number)
     return number
-
-
-def _no_buffer_warning() -> warnings.catch_warnings[None]:
-    """Torch warns that weights it has just read share memory with a read-only buffer."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
-
-
-def refuse_pickled_code(folder: Path) -> None:
-    """Raise PipelineError if a file below `folder` is a pickle that could run code."""
-    for name, content in _members(folder):
-        if not content.startswith(PICKLE_START):
-            continue
-        if _opcodes(content) & CODE_OPCODES:
-            raise PipelineError(f"the exported model holds pickled code in {name}")
-
-
-def _opcodes(content: bytes) -> set[str]:
-    """What an unpickler would carry out: up to the end, or to the first byte it cannot read.
-
-    Numbers may begin like a pickle; of most the protocol, the second byte, is one that no
-    unpickler takes.
-    """
-    found: set[str] = set()
-    if content[1:2] > bytes([pickle.HIGHEST_PROTOCOL]):
-        return found
-    with contextlib.suppress(ValueError):
-        for opcode, _, _ in pickletools.genops(content):
-            found.add(opcode.name)
-    return found
-
-
-def _members(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file below `folder`, and every member of the archives among them, to any depth."""
-    waiting = [(str(path), path.read_bytes()) for path in folder.rglob("*") if path.is_file()]
-    while waiting:
-        name, content = waiting.pop()
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                waiting += [
-                    (f"{name}/{inner}", archive.read(inner)) for inner in archive.namelist()
-                ]
-        else:
-            yield name, content
 
 
 def _verify(
     store: TrackingStore, name: str, version: str, images: torch.Tensor, logits: torch.Tensor
-) -> None:
-    """Read the version back and compare its logits, for a batch, two images and one."""
+) -> int:
+    """Read the version back and compare its logits, for a batch, two images and one.
+
+    Returns:
+        Bytes of its graph.
+    """
     import mlflow.artifacts
     import mlflow.pytorch
 
     source = store.client.get_model_version_download_uri(name, version)
-    with tempfile.TemporaryDirectory(prefix="ternforge-") as scratch, _no_buffer_warning():
+    allowed = TOLERANCE * max(1.0, logits.abs().max().item())
+    with (
+        tempfile.TemporaryDirectory(prefix="ternforge-") as scratch,
+        _torch_errors(f"version {version} of {name} does not run"),
+        no_buffer_warning(),
+        torch.inference_mode(),
+    ):
         folder = mlflow.artifacts.download_artifacts(
             source, dst_path=scratch, tracking_uri=store.client.tracking_uri
         )
         loaded = mlflow.pytorch.load_model(folder)
-    allowed = TOLERANCE * max(1.0, logits.abs().max().item())
-    with torch.inference_mode():
         for count in (len(images), 2, 1):
             difference = (loaded(images[:count]) - logits[:count]).abs().max().item()
             if not difference <= allowed:
@@ -396,3 +388,4 @@ def _verify(
                     f"version {version} of {name} gives other logits than the trained network: "
                     f"they differ by {difference:.2g} for {count} images, {allowed:.2g} is allowed"
                 )
+        return Path(folder, "data", "model.pt2").stat().st_size

@@ -82,9 +82,8 @@ def run_seeds(
     seeds = range(experiment.seed, experiment.seed + experiment.seeds)
     members = [override(experiment, [f"seed={seed}", "seeds=1"]) for seed in seeds]
     with display or Display() as shown:
-        materials = gather(experiment, shown)
-        identity = f"{materials.identity(experiment)}-seeds{len(members)}"
-        with runfolder.opened(experiment, identity, resume) as folder:
+        materials = gather(experiment, shown, resume)
+        with materials.run_folder(experiment, resume, f"-seeds{len(members)}") as folder:
             return _Seeds(experiment, members, materials, folder).go()
 
 
@@ -128,7 +127,7 @@ class _Seeds:
             resume = found.name if found.path.exists() else False
         display.stage("seed", which)
         try:
-            with runfolder.opened(member, self.materials.identity(member), resume) as folder:
+            with self.materials.run_folder(member, resume) as folder:
                 folder.update(part_of=self.folder.name)
                 self.folder.update(runs={**begun, seed: folder.name})
                 train_and_register(
@@ -148,6 +147,7 @@ class _Seeds:
         for name, spread in result.spreads.items():
             tracker.log_result({f"{name}_mean": spread.mean, f"{name}_deviation": spread.deviation})
         tracker.log_dict("seeds.json", {**_record(result), "runs": result.runs})
+        tracker.catch_up()
         chosen, choice = _candidate(result.runs)
         model = None
         if chosen["model_version"] is not None:

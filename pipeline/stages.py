@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import models
-from pipeline import figures, inputs, launch, report, runfolder
-from pipeline.checkpoint import CheckpointError, run_checkpoints
+from pipeline import figures, inputs, launch, report
+from pipeline.checkpoint import run_checkpoints
 from pipeline.config import Experiment, PipelineError, flatten
 from pipeline.display import Display, TrainingDisplay, duration
 from pipeline.evaluate import Evaluation
+from pipeline.failures import TrainingError
 from pipeline.loop import build_model
 from pipeline.materials import Materials, gather, rate_note
 
@@ -79,8 +80,8 @@ def run(
             f"seeds={experiment.seeds} are several runs: call pipeline.run_seeds, or set seeds=1"
         )
     with display or Display() as shown:
-        materials = gather(experiment, shown)
-        with runfolder.opened(experiment, materials.identity(experiment), resume) as folder:
+        materials = gather(experiment, shown, resume)
+        with materials.run_folder(experiment, resume) as folder:
             return train_and_register(experiment, materials, folder)
 
 
@@ -114,8 +115,9 @@ def start_tracking(
         return None
     from pipeline.tracking import Tracker
 
+    tell = materials.display.note
     if folder.record["mlflow_run"] is not None:
-        return Tracker.resume(materials.store, folder.record["mlflow_run"])
+        return Tracker.resume(materials.store, folder.record["mlflow_run"], tell)
     tags = {
         "identity": folder.record["identity"],
         "data.fingerprint": materials.manifest.fingerprint,
@@ -124,7 +126,7 @@ def start_tracking(
     }
     params = flatten(experiment.model_dump(mode="json"))
     tracker = Tracker.start(
-        materials.store, experiment.name, folder.name, params, tags, parent=parent
+        materials.store, experiment.name, folder.name, params, tags, parent=parent, tell=tell
     )
     folder.update(mlflow_run=tracker.run_id)
     tracker.log_text("experiment.yaml", experiment.to_yaml())
@@ -191,10 +193,17 @@ class _Run:
         if rate is not None:
             self.display.stage("train", rate)
         started = time.monotonic()
-        if experiment.scaling.launcher == "ray":
-            launch.train_on_ray(experiment, self.manifest, self.folder.path, tell, self.sources)
-        else:
-            launch.train_locally(experiment, self.manifest, self.folder.path, tell, self.sources)
+        train = launch.train_on_ray
+        if experiment.scaling.launcher == "local":
+            train = launch.train_locally
+        try:
+            train(experiment, self.manifest, self.folder.path, tell, self.sources)
+        except TrainingError as error:
+            if self.history and not error.transient:
+                error.args = (
+                    f"{error}; init_from={self.folder.path} begins anew with what is kept",
+                )
+            raise
         if self.evaluation is None:
             raise RuntimeError("the training ended without an evaluation")
         seconds = duration(time.monotonic() - started)
@@ -223,10 +232,7 @@ class _Run:
         experiment = self.experiment
         model = build_model(experiment, self.manifest)
         store = run_checkpoints(experiment, self.manifest, self.sources, self.folder.path)
-        try:
-            store.load_model(self.kept_epoch, model)
-        except CheckpointError as error:
-            raise PipelineError(str(error)) from None
+        store.load_model(self.kept_epoch, model)
         model.eval()
         result = Result(
             experiment=experiment,
@@ -244,6 +250,7 @@ class _Run:
         self._log_figures(self.tracker, result, model)
         registered = None
         if experiment.tracking.register_model:
+            self.tracker.catch_up()
             self.display.stage("register", f"exporting and verifying {experiment.name}")
             registered = self._register(self.tracker, result, model)
         return replace(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.config import PipelineError
+from pipeline.sections import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,8 +75,7 @@ def open_tracking(uri: str | None, runs: Path) -> TrackingStore:
         return _open_database(Path(address.removeprefix("sqlite:///")).resolve())
     if re.match("https?://", address) and _is_server_address(address):
         return _open_server(address)
-    # Nothing after a question mark and nothing before an @ is shown: it may be a password.
-    shown = re.sub(r"^([\w+.-]+://)?.*@", r"\1", address.partition("?")[0])
+    shown = without_credentials(address) if "://" in address else address.rpartition("@")[2]
     raise PipelineError(
         f"{shown!r} is no place for MLflow to keep runs; {SET_TRACKING} to "
         "sqlite:///path/to/mlflow.db or http://host:port"
@@ -99,6 +99,21 @@ def reason(error: Exception) -> str:
             return meaning
     without_passwords = re.sub(r"(?<=://)[^\s/]*@", "", text)
     return without_passwords.split("\n", 1)[0][:200] or type(error).__name__
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a store could not be asked, or not answer: the same call may later succeed."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, OSError):
+        # Of an artifact: from requests, with the server's response, or of the file system.
+        status = getattr(getattr(error, "response", None), "status_code", 500)
+    else:
+        return False
+    too_early = (408, 429)
+    return not 400 <= status < 500 or status in too_early
 
 
 class NotRegisteredError(PipelineError):
@@ -213,7 +228,7 @@ def _schema_revision() -> str | None:
 
 def _open_server(uri: str) -> TrackingStore:
     parts = urlsplit(uri)
-    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # no password
+    shown = without_credentials(uri)
     client_class = _import_mlflow_client()
     # MLflow's own request, so that its credentials, certificates and proxies apply here too.
     from mlflow.exceptions import MlflowException

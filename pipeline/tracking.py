@@ -4,8 +4,10 @@ Only the driver process tracks: it is the single writer, it outlives restarted w
 default SQLite file need not be reachable from other nodes. MLflow's global state (active run,
 tracking URI) is never touched, so two runs in one process do not mix.
 
-A store that goes away during training does not stop the training: what could not be delivered
-is kept in order and sent before the next write; `Tracker.finish` says what is still missing.
+What is logged is sent by a thread, see `pipeline.delivery`: a store that goes away, or does not
+answer, never holds up the training. What it had not got when the process ended is sent by the
+next one: the rows of an epoch are the same whenever they are sent, and MLflow keeps equal rows
+once.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import PipelineError
+from pipeline.delivery import Delivery
 from pipeline.provenance import environment_tags
-from pipeline.stores import TrackingStore, open_tracking, reason, store_errors
+from pipeline.stores import TrackingStore, open_tracking, store_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +33,12 @@ __all__ = ["Tracker", "TrackingStore", "open_tracking"]
 logger = logging.getLogger(__name__)
 
 LONGEST_PARAM, PARAMS_PER_CALL, METRICS_PER_CALL = 6000, 100, 1000  # MLflow's limits
-PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG, FOLDER_TAG = "mlflow.parentRunId", "run_folder"
 EPOCH_METRIC = "epoch"  # written last in an epoch's batch: its steps are the epochs logged
+TIME = "time"  # of an epoch's metrics: when it ended, in Unix seconds
+
+# Seconds that the end of a run waits for a store: one that is stopped may soon be killed.
+PATIENCE, SHORT_PATIENCE = 45.0, 3.0
 
 
 class Tracker:
@@ -41,12 +47,19 @@ class Tracker:
     As a context manager it closes the run in the state in which the block ends.
     """
 
-    def __init__(self, store: TrackingStore, run_id: str, logged_epochs: set[int]) -> None:
+    def __init__(
+        self,
+        store: TrackingStore,
+        run_id: str,
+        logged_epochs: set[int],
+        tell: Callable[[str], None],
+    ) -> None:
         self.store = store
         self.run_id = run_id
         self._logged_epochs = logged_epochs
-        self._waiting: deque[tuple[str, Callable[[], object]]] = deque()
-        self._refused: list[str] = []
+        self._delivery = Delivery(store.uri, tell)
+        self._tell = tell
+        self._gave_up = False
 
     def __enter__(self) -> Tracker:
         return self
@@ -71,6 +84,7 @@ class Tracker:
         params: Mapping[str, object],
         tags: Mapping[str, str],
         parent: str | None = None,
+        tell: Callable[[str], None] = logger.warning,
     ) -> Tracker:
         """Begin a run.
 
@@ -79,6 +93,8 @@ class Tracker:
                 one that is too long for MLflow goes whole into `long_params.json`.
             tags: the caller's, such as the data's fingerprint, beside `environment_tags()`.
             parent: id of the run that this one is a part of, below which MLflow shows it.
+            tell: gets a line when the store goes away, is back, or refuses something; also from
+                another thread.
 
         Raises:
             PipelineError: the store does not take the run, or its folder was moved.
@@ -90,21 +106,27 @@ class Tracker:
         rows = [Param(key, text[:LONGEST_PARAM]) for key, text in texts.items()]
         with store_errors(f"cannot start a run in {store.uri}"):
             experiment_id = _experiment_id(store, experiment_name)
+            _delete_unrecorded(store, experiment_id, run_name, tags)
             all_tags = environment_tags() | dict(tags)
             if parent is not None:
                 all_tags[PARENT_TAG] = parent
             run = store.client.create_run(experiment_id, run_name=run_name, tags=all_tags)
-            tracker = cls(store, run.info.run_id, set())
+            run_id = run.info.run_id
             for first in range(0, len(rows), PARAMS_PER_CALL):
                 batch = rows[first : first + PARAMS_PER_CALL]
-                store.client.log_batch(tracker.run_id, params=batch, synchronous=True)
+                store.client.log_batch(run_id, params=batch, synchronous=True)
             if too_long:
-                store.client.log_dict(tracker.run_id, too_long, "long_params.json")
-        return tracker
+                store.client.log_dict(run_id, too_long, "long_params.json")
+        return cls(store, run_id, set(), tell)
 
     @classmethod
-    def resume(cls, store: TrackingStore, run_id: str) -> Tracker:
+    def resume(
+        cls, store: TrackingStore, run_id: str, tell: Callable[[str], None] = logger.warning
+    ) -> Tracker:
         """Continue a run; epochs that it already holds will not be logged again.
+
+        Args:
+            tell: as of `start`.
 
         Raises:
             PipelineError: the store does not have that run, or its folder was moved.
@@ -114,30 +136,33 @@ class Tracker:
             _refuse_moved(store, store.client.get_experiment(experiment_id))
             store.client.update_run(run_id, status="RUNNING")
             history = store.client.get_metric_history(run_id, EPOCH_METRIC)
-        return cls(store, run_id, {metric.step for metric in history})
+        return cls(store, run_id, {metric.step for metric in history}, tell)
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Write an epoch's metrics in one call; an epoch that is already there is left alone.
 
-        Characters that MLflow does not take in a name become underscores.
+        Characters that MLflow does not take in a name become underscores. Where the metrics have
+        a `time`, when the epoch ended, that is the time of their rows.
         """
         if epoch in self._logged_epochs:
             return
         self._logged_epochs.add(epoch)
-        rows = {name: value for name, value in metrics.items() if name != EPOCH_METRIC}
-        self._log(f"epoch {epoch}", rows | {EPOCH_METRIC: epoch}, epoch)
+        rows = {name: value for name, value in metrics.items() if name not in (EPOCH_METRIC, TIME)}
+        self._log(epoch, rows | {EPOCH_METRIC: epoch}, epoch, metrics.get(TIME))
 
     def log_result(self, metrics: Mapping[str, float]) -> None:
         """Write metrics of the run as a whole, which belong to no epoch."""
-        self._log("result", metrics, 0)
+        self._log("result", metrics, 0, None)
 
-    def _log(self, what: str, metrics: Mapping[str, float], step: int) -> None:
+    def _log(
+        self, what: str | int, metrics: Mapping[str, float], step: int, seconds: float | None
+    ) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        milliseconds = int((time.time() if seconds is None else seconds) * 1000)
         # Fixed rows with a fixed time: sent twice after a lost answer, they are stored once.
         rows = [
-            Metric(re.sub(r"[^\w./: -]", "_", name), float(value), now, step)
+            Metric(re.sub(r"[^\w./: -]", "_", name), float(value), milliseconds, step)
             for name, value in metrics.items()
         ]
 
@@ -146,71 +171,67 @@ class Tracker:
                 batch = rows[first : first + METRICS_PER_CALL]
                 self.store.client.log_batch(self.run_id, metrics=batch, synchronous=True)
 
-        self._deliver(what, send)
+        self._delivery.add(what, send)
 
     def log_figure(self, name: str, figure: Figure) -> None:
         """Keep a matplotlib figure as `figures/<name>.png`."""
         file = f"figures/{name}.png"
-        self._deliver(file, lambda: self.store.client.log_figure(self.run_id, figure, file))
+        self._delivery.add(file, lambda: self.store.client.log_figure(self.run_id, figure, file))
 
     def log_text(self, file: str, text: str) -> None:
         """Keep `text` as the artifact `file`."""
-        self._deliver(file, lambda: self.store.client.log_text(self.run_id, text, file))
+        self._delivery.add(file, lambda: self.store.client.log_text(self.run_id, text, file))
 
     def log_dict(self, file: str, content: Mapping[str, object]) -> None:
         """Keep `content` as the artifact `file`, whose ending (.json, .yaml) is its format."""
         frozen = dict(content)
-        self._deliver(file, lambda: self.store.client.log_dict(self.run_id, frozen, file))
+        self._delivery.add(file, lambda: self.store.client.log_dict(self.run_id, frozen, file))
+
+    def catch_up(self) -> None:
+        """Wait until the store has all that was logged so far.
+
+        Raises:
+            PipelineError: it does not come back, or has refused something.
+        """
+        missing = self._delivery.settle(PATIENCE)
+        if missing:
+            self._gave_up = True
+            raise PipelineError(self._incomplete(missing))
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Close the run.
 
         Raises:
             PipelineError: a finished run lacks something that the store refused, or that waits
-                for it to come back; of a run that failed, this is only a warning.
+                for it to come back; of a run that was stopped, this is only said.
         """
-        self._deliver("status", lambda: self.store.client.set_terminated(self.run_id, status))
-        missing = self._refused + [what for what, _ in self._waiting]
-        if missing:
-            problem = f"{self.store.uri} lacks of run {self.run_id}: {', '.join(missing)}"
+        try:
+            if self._gave_up:
+                return
+            set_terminated = self.store.client.set_terminated
+            self._delivery.add("status", lambda: set_terminated(self.run_id, status))
             if status == "FINISHED":
-                raise PipelineError(problem)
-            logger.warning(problem)
+                self.catch_up()
+                return
+            missing = self._delivery.settle(SHORT_PATIENCE)
+            if missing:
+                self._tell(self._incomplete(missing))
+        finally:
+            self._delivery.close()
 
-    def _deliver(self, what: str, call: Callable[[], object]) -> None:
-        """Make `call` after those that still wait; on an outage keep it for the next time."""
-        from mlflow.exceptions import MlflowException
-
-        self._waiting.append((what, call))
-        while self._waiting:
-            what, call = self._waiting[0]
-            try:
-                call()
-            except (MlflowException, OSError) as error:
-                if not _is_refusal(error):
-                    waiting = ", ".join(what for what, _ in self._waiting)
-                    logger.warning(
-                        "%s is away (%s); kept to send later: %s",
-                        self.store.uri,
-                        reason(error),
-                        waiting,
-                    )
-                    return
-                logger.warning("%s refuses %s: %s", self.store.uri, what, reason(error))
-                self._refused.append(what)
-            self._waiting.popleft()
+    def _incomplete(self, missing: str) -> str:
+        return f"run {self.run_id} is not complete in {self.store.uri}: it lacks {missing}"
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the call itself is wrong, so that repeating it is of no use."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-    else:  # of an artifact: from requests, with the server's response, or of the file system
-        status = getattr(getattr(error, "response", None), "status_code", 500)
-    too_early = (408, 429)
-    return 400 <= status < 500 and status not in too_early
+def _delete_unrecorded(
+    store: TrackingStore, experiment_id: str, run_name: str, tags: Mapping[str, str]
+) -> None:
+    """Delete the run of this folder that a process began, but was killed before it noted it."""
+    if FOLDER_TAG not in tags:
+        return
+    for run in store.client.search_runs([experiment_id], f"attributes.run_name = '{run_name}'"):
+        if run.data.tags.get(FOLDER_TAG) == tags[FOLDER_TAG]:
+            store.client.delete_run(run.info.run_id)
 
 
 def _experiment_id(store: TrackingStore, name: str) -> str:

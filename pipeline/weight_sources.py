@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.checkpoint import CheckpointError, CheckpointStore, kept_epoch
+from data_prep.locks import wait_for_disk
+from pipeline.checkpoint import CheckpointStore, kept_epoch
 from pipeline.config import Experiment, PipelineError, nearest
 from pipeline.experiments import catalog
 from pipeline.settings import build_experiment, load_yaml
+from pipeline.storage import storage_of
 from pipeline.weights import Weights, classification_weights
 
 if TYPE_CHECKING:
@@ -56,7 +58,13 @@ class _Found:
     torchvision: str | None = None
 
 
-def resolve(source: str, experiment: Experiment, tell: Callable[[str], None] = print) -> Weights:
+def _say_nothing(line: str) -> None:
+    """Where nobody wants to know."""
+
+
+def resolve(
+    source: str, experiment: Experiment, tell: Callable[[str], None] = _say_nothing
+) -> Weights:
     """Find the weights that `init_from` or `train.teacher` names, and keep them for the workers.
 
     Args:
@@ -88,8 +96,62 @@ def resolve(source: str, experiment: Experiment, tell: Callable[[str], None] = p
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise PipelineError(f"{source} is of no use: not all values of {name} are finite")
-    file, digest = _keep(tensors, experiment.tracking.runs.absolute() / "weights")
+    file, digest = _keep(tensors, _kept_weights(experiment))
     return Weights(source, found.origin, file, digest, found.experiment, found.torchvision)
+
+
+def record(weights: Weights | None) -> dict[str, Any] | None:
+    """What a run's record says of the weights that it began with, for `kept`."""
+    if weights is None:
+        return None
+    trained = weights.experiment
+    return {
+        "source": weights.source,
+        "origin": weights.origin,
+        "digest": weights.digest,
+        "torchvision": weights.torchvision,
+        "experiment": None if trained is None else trained.model_dump(mode="json"),
+    }
+
+
+def kept(recorded: Mapping[str, Any], experiment: Experiment) -> Weights | None:
+    """The weights that a run began with, from the file that was kept for it.
+
+    Their source may have been changed or deleted since.
+
+    Args:
+        recorded: as from `record`.
+        experiment: says which folder of all runs.
+
+    Returns:
+        None where the file is not there any more, or is damaged.
+
+    Raises:
+        PipelineError: the record is damaged.
+    """
+    digest, trained = str(recorded["digest"]), recorded["experiment"]
+    if re.fullmatch("[0-9a-f]{64}", digest) is None:  # which may come from anywhere
+        raise PipelineError(f"the run's record of {recorded['source']} is damaged; start a new run")
+    file = _kept_weights(experiment) / f"{digest[:16]}.safetensors"
+    try:
+        with file.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != digest:
+                return None
+    except OSError:
+        return None
+    return Weights(
+        recorded["source"],
+        recorded["origin"],
+        file,
+        digest,
+        None if trained is None else build_experiment(trained),
+        recorded["torchvision"],
+    )
+
+
+def _kept_weights(experiment: Experiment) -> Path:
+    """Folder of the tensors of all sources, a file each."""
+    return experiment.tracking.runs.absolute() / "weights"
 
 
 def whereabouts(source: str, experiment: Experiment) -> str:
@@ -202,15 +264,12 @@ def _from_run(source: str, folder: Path) -> _Found:
     except PipelineError as error:
         raise PipelineError(f"{file}: {error}") from None
     skipped: list[str] = []
-    store = CheckpointStore(folder / "checkpoints", identity)
+    store = CheckpointStore(storage_of(trained, folder.absolute()), identity)
     newest = store.newest(skipped.append)
-    if newest is None:
+    if newest is None or not newest.epoch:
         raise PipelineError("; ".join([f"{source} has no checkpoint that can be used", *skipped]))
     epoch = kept_epoch(store.history(newest))
-    try:
-        tensors = load_file(store.network_file(epoch))
-    except CheckpointError as error:
-        raise PipelineError(str(error)) from None
+    tensors = load_file(store.network_file(epoch))
     note = "; ".join([f"epoch {epoch} of {trained.train.epochs}", *skipped])
     return _Found(tensors, f"{source} ({note})", trained)
 
@@ -282,9 +341,10 @@ def _keep(tensors: Mapping[str, Tensor], folder: Path) -> tuple[Path, str]:
             save_file(plain, partial)
             with partial.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
+            wait_for_disk(partial)
             # Also over a file that is there: should that be damaged, this mends it.
             final = partial.replace(folder / f"{digest[:16]}.safetensors")
+            wait_for_disk(folder)
     except (OSError, SafetensorError) as error:
         raise PipelineError(
             f"cannot keep weights in {folder}: {getattr(error, 'strerror', None) or error}; set "

@@ -6,84 +6,22 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from urllib.error import URLError
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pipeline.config import Experiment, PipelineError, Tracking
+from pipeline.config import Experiment, Tracking
 from pipeline.registry import register
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
 from pipeline.weight_sources import resolve
-
-
-class Server:
-    """`mlflow server` on a folder of runs, with its own process group."""
-
-    def __init__(self, runs: Path, folder: Path) -> None:
-        with closing(socket.socket()) as unused:
-            unused.bind(("127.0.0.1", 0))
-            self.port = unused.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "server.log"
-        self.command = [
-            *(sys.executable, "-m", "mlflow", "server", "--port", str(self.port)),
-            *("--workers", "1", "--serve-artifacts", "--artifacts-destination", str(folder)),
-            *("--backend-store-uri", f"sqlite:///{runs / 'mlflow.db'}"),
-        ]
-
-    def start(self) -> None:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                with urlopen(f"{self.uri}/health", timeout=5) as response:
-                    assert response.read() == b"OK"
-                    return
-            except URLError:
-                assert self.process.poll() is None, self.log.read_text()
-                time.sleep(0.1)
-        raise TimeoutError(self.log.read_text())
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
-            self.process.wait()
-        while self.listens():  # its workers may die a moment after it
-            time.sleep(0.05)
-
-    def listens(self) -> bool:
-        with closing(socket.socket()) as connection:
-            return connection.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def get(self, path: str, /, **query: str) -> bytes:
-        with urlopen(f"{self.uri}{path}?{urlencode(query)}", timeout=20) as response:
-            return bytes(response.read())
-
-    def metric(self, run_id: str, name: str) -> list[tuple[int, float]]:
-        """(step, value) of every row of a metric, from the server's own interface."""
-        path = "/api/2.0/mlflow/metrics/get-history"
-        answer = json.loads(self.get(path, run_id=run_id, metric_key=name))
-        return [(int(row.get("step", 0)), row["value"]) for row in answer.get("metrics", [])]
+from tests.mlflow_server import Server
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +68,7 @@ def test_a_run_on_a_server_is_logged_there_an_epoch_per_request(
     before = server.log.read_text().count("runs/log-batch")
     for epoch in range(3):
         tracker.log_epoch(epoch, {"loss": 3.0 - epoch, "top1": 90.0 + epoch})
+    tracker.catch_up()
     assert server.log.read_text().count("runs/log-batch") - before == 3
     figure = Figure()
     figure.subplots().plot([1, 2])
@@ -185,27 +124,44 @@ def test_a_model_registered_on_a_server_loads_from_it_elsewhere(
     assert all(torch.equal(model.state_dict()[name], t) for name, t in weights.read().items())
 
 
-def test_epochs_logged_while_the_server_is_dead_arrive_when_it_is_back(
-    server: Server, store: TrackingStore, caplog: pytest.LogCaptureFixture
+def test_nobody_waits_for_a_server_that_is_away_and_it_gets_all_when_it_is_back(
+    server: Server, store: TrackingStore
 ) -> None:
-    tracker = Tracker.start(store, "outage", "run", {}, {})
-    tracker.log_epoch(0, {"loss": 3.0})
+    said: list[str] = []
+    tracker = Tracker.start(store, "outage", "run", {}, {}, tell=said.append)
+    tracker.log_epoch(1, {"loss": 3.0})
+    tracker.catch_up()
     server.signal(signal.SIGSTOP)
-    logging_epoch = threading.Thread(target=tracker.log_epoch, args=(1, {"loss": 2.0}))
-    logging_epoch.start()
-    time.sleep(0.5)  # the request is on its way to a server that does not move
-    assert logging_epoch.is_alive()
+    started = time.monotonic()
+    for epoch in (2, 3, 4):
+        tracker.log_epoch(epoch, {"loss": 1.0 / epoch})
+    assert time.monotonic() - started < 0.5, "a server that does not move holds up nobody"
     server.stop()
-    logging_epoch.join(timeout=20)
-    assert not logging_epoch.is_alive()
-    (warning,) = caplog.messages
-    assert re.search(r"is away \((nothing listens there|the connection broke)\)", warning)
-    assert "kept to send later: epoch 1" in warning
-    assert "\n" not in warning
-    tracker.log_epoch(2, {"loss": 1.0})
-    with pytest.raises(PipelineError, match=r"lacks .*: epoch 1, epoch 2, status"):
-        tracker.finish()
+    while not said:
+        time.sleep(0.05)
     server.start()
-    tracker.log_epoch(3, {"loss": 0.5})
     tracker.finish()
-    assert server.metric(tracker.run_id, "loss") == [(0, 3.0), (1, 2.0), (2, 1.0), (3, 0.5)]
+    away, back = said
+    assert re.search(
+        r"is away \((nothing listens there|the connection broke)\); the training", away
+    )
+    assert re.search(r"is back after \d+ s: epochs 2 to 4, status delivered$", back)
+    assert server.metric(tracker.run_id, "loss") == [(1, 3.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
+
+
+def test_an_epoch_that_is_sent_again_by_a_later_process_is_stored_once(
+    server: Server, store: TrackingStore
+) -> None:
+    tracker = Tracker.start(store, "twice", "run", {}, {})
+    rows = {"loss": 0.5, "top1": float("nan"), "time": 1_700_000_000.25}
+    tracker.log_epoch(1, rows)
+    tracker.finish("KILLED")
+    later = Tracker(store, tracker.run_id, set(), print)  # that does not know of the marker
+    later.log_epoch(1, rows)
+    later.finish()
+    history = store.client.get_metric_history(tracker.run_id, "loss")
+    assert [(row.step, row.value, row.timestamp) for row in history] == [
+        (1, 0.5, 1_700_000_000_250)
+    ]
+    assert len(server.metric(tracker.run_id, "top1")) == 1
+    assert server.metric(tracker.run_id, "time") == []

@@ -11,10 +11,12 @@ import torch
 import yaml
 
 import models
+from pipeline import runfolder
 from pipeline.cli import main, smoke
 from pipeline.config import Experiment
 from pipeline.experiments import catalog, load_experiment
 from pipeline.recipes import RECIPES
+from pipeline.settings import override
 
 RUN = Path(__file__).parents[3] / "run.py"
 
@@ -128,6 +130,27 @@ def test_resume_without_a_run_to_resume_is_one_line(capsys):
     assert main(["--experiment", "digits_lenet5", *settings, "--resume"]) == 2
     assert "no unfinished run of digits_lenet5" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_where_it_is_not_clear_what_to_resume_the_runs_that_there_are_are_shown(capsys):
+    settings = ["data.synthetic=[64,8]", "data.backend=torch", "tracking.enabled=false"]
+    experiment = load_experiment("digits_lenet5", settings)
+    names = []
+    for changes in ([], [], ["train.epochs=7"]):
+        run = runfolder.create(override(experiment, changes), "0123456789ab")
+        run.release()
+        names.append(run.name)
+    for word in ([], ["--resume=nowhere"]):
+        arguments = ["--experiment", "digits_lenet5", *settings, "train.lr=0.3", *word]
+        assert main(arguments if word else [*arguments, "--resume"]) == 2
+        shown = capsys.readouterr()
+        table = shown.out.splitlines()
+        for name, differing in zip(names, ["train.lr", "train.lr", "train.epochs=7"], strict=True):
+            (line,) = [line for line in table if f" {name} " in line]
+            assert "stopped before its first checkpoint" in line
+            assert differing in line
+        assert len(shown.err.splitlines()) == 1
+    assert not Path("prepared").exists(), "settings alone say it"
 
 
 def test_list_shows_every_curated_experiment(capsys):
@@ -332,6 +355,18 @@ def test_a_dry_run_shows_no_password(capsys):
     shown = capsys.readouterr().out
     assert "http://host:5000" in shown
     assert "secret" not in shown
+
+
+def test_no_way_of_looking_at_an_experiment_shows_a_password(capsys):
+    secrets = [
+        "tracking.uri=http://ann:hunter2@host:5000",
+        "checkpoint.folder=s3://b/x?key=hunter2",
+    ]
+    for arguments in (["--describe", "digits_lenet5"], ["--describe", "digits_lenet5", "--yaml"]):
+        assert main([*arguments, *secrets]) == 0
+        shown = capsys.readouterr().out
+        assert "http://host:5000" in shown
+        assert "hunter2" not in shown
 
 
 def test_brackets_in_a_folder_are_no_markup(capsys):

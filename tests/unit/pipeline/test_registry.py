@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import models
+from pipeline.artifact import refuse_pickled_code
 from pipeline.config import Data, Experiment, PipelineError, Recipe, Tracking
-from pipeline.registry import RegisteredModel, refuse_pickled_code, register
+from pipeline.registry import RegisteredModel, register
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
 from pipeline.weight_sources import resolve
 from pipeline.weights import load_into
@@ -419,6 +420,27 @@ def test_a_failure_of_the_store_after_the_version_was_created_leaves_no_trace(
             registered.store, registered.run_id, model, model, "new_name", alias="not/an alias"
         )
     assert in_registry(registered) == before
+
+
+def test_a_run_has_one_version_however_often_it_is_registered_and_no_alias_goes_back(
+    store: TrackingStore, runs: Path
+) -> None:
+    first, second = (Tracker.start(store, "net", name, {}, {}).run_id for name in "ab")
+    model = Classifier()
+
+    def registered_as(run_id: str) -> RegisteredModel:
+        return register_network(store, run_id, model, model, "net")
+
+    assert [registered_as(run_id).version for run_id in (first, second)] == [1, 2]
+    left = store.client.create_logged_model("1", "net", first)  # by a process that was killed
+    again = registered_as(first)
+    assert again.version == 1
+    assert again.size_bytes > 0
+    assert rows(runs, "SELECT version FROM model_versions ORDER BY version") == [(1,), (2,)]
+    assert rows(runs, "SELECT alias, version FROM registered_model_aliases") == [("candidate", 2)]
+    assert rows(runs, "SELECT count(*) FROM inputs WHERE source_type = 'RUN_OUTPUT'") == [(2,)]
+    stages = dict(rows(runs, "SELECT model_id, lifecycle_stage FROM logged_models"))
+    assert [key for key, stage in stages.items() if stage == "deleted"] == [left.model_id]
 
 
 def test_registering_for_a_run_that_is_not_there_is_one_line(registered: Registered) -> None:

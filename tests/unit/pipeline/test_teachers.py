@@ -15,8 +15,10 @@ from torch import nn
 import data_prep
 import models
 from data_prep.datasets import NORMALIZATIONS
-from pipeline.checkpoint import CheckpointStore, Progress, TrainingState
+from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, PipelineError, Recipe, Tracking
+from pipeline.storage import LocalStorage
+from pipeline.training_state import Progress, Snapshot, TrainingState
 from pipeline.weight_sources import resolve
 from pipeline.weights import Weights, build_teacher
 from tests.unit.pipeline.stored import one_line
@@ -66,7 +68,8 @@ def run_folder(
     (folder / "run.json").write_text(json.dumps(record))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     state = TrainingState(network, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    CheckpointStore(folder / "checkpoints", "0123").save(state, Progress(1, 1, [{}]))
+    store = CheckpointStore(LocalStorage(folder / "checkpoints"), "0123")
+    store.save(Snapshot.of(state, Progress(1, 1, [{}])))
     return str(folder)
 
 

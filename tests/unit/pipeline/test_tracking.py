@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,7 @@ def test_what_the_store_refuses_is_named_at_the_end_and_blocks_nothing(
     tracker = start(store)
     tracker.log_epoch(0, {"name too long for MLflow" * 20: 1.0})
     tracker.log_epoch(1, {"loss": 1.0})
-    with pytest.raises(PipelineError, match=r"lacks .*: epoch 0$") as error:
+    with pytest.raises(PipelineError, match=r"not complete in .*: it lacks epoch 0$") as error:
         tracker.finish()
     one_line(error)
     assert len(caplog.records) == 1
@@ -182,3 +184,78 @@ def test_two_drivers_that_start_at_once_share_one_new_silent_database(tmp_path: 
     assert [driver.communicate(timeout=60) for driver in drivers] == [("", "")] * 2
     assert rows(tmp_path, "SELECT status FROM runs") == [("FINISHED",)] * 2
     assert rows(tmp_path, "SELECT count(*) FROM experiments WHERE name = 'quiet'") == [(1,)]
+
+
+CUT_OFF = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.tracking import Tracker, open_tracking
+
+tracker = Tracker.start(open_tracking(None, Path(sys.argv[1])), "cut off", "run", {}, {})
+send, written = tracker.store.client.log_batch, []
+
+def send_and_die(*arguments, **options):
+    send(*arguments, **options)
+    written.append(arguments)
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+tracker.store.client.log_batch = send_and_die
+for epoch in range(1, 5):
+    tracker.log_epoch(epoch, {"loss": 1 / epoch, "time": 1.7e9 + epoch})
+tracker.finish()
+"""
+
+
+def test_a_writer_killed_between_two_epochs_is_followed_by_one_that_writes_the_others(
+    runs: Path, store: TrackingStore
+) -> None:
+    killed = run_python(CUT_OFF, str(runs))
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    ((run_id,),) = rows(runs, "SELECT run_uuid FROM runs")
+    assert len(rows(runs, "SELECT * FROM metrics")) == 4
+    tracker = Tracker.resume(store, run_id)
+    for epoch in range(1, 5):
+        tracker.log_epoch(epoch, {"loss": 1 / epoch, "time": 1.7e9 + epoch})
+    tracker.finish()
+    assert set(rows(runs, "SELECT key, step, value, timestamp FROM metrics")) == {
+        (key, epoch, value, 1_700_000_000_000 + 1000 * epoch)
+        for epoch in range(1, 5)
+        for key, value in (("loss", 1 / epoch), ("epoch", epoch))
+    }
+    assert rows(runs, "SELECT count(*) FROM metrics") == [(8,)]
+
+
+def test_rows_that_are_sent_again_are_stored_once(runs: Path, store: TrackingStore) -> None:
+    tracker = start(store)
+    metrics = {"loss": 0.5, "nothing": float("nan"), "time": 1.7e9}
+    tracker.log_epoch(1, metrics)
+    tracker.finish("KILLED")
+    before = rows(runs, "SELECT * FROM metrics ORDER BY key")
+    unaware = Tracker(store, tracker.run_id, set(), print)  # of what is already there
+    unaware.log_epoch(1, metrics)
+    unaware.finish()
+    assert rows(runs, "SELECT * FROM metrics ORDER BY key") == before
+
+
+def test_a_run_that_nobody_noted_is_deleted_when_its_folder_begins_again(
+    runs: Path, store: TrackingStore
+) -> None:
+    tags = {"run_folder": "/runs/one"}
+    killed = Tracker.start(store, "digits_lenet5", "one", {}, tags)
+    other = Tracker.start(store, "digits_lenet5", "one", {}, {"run_folder": "/runs/other"})
+    again = Tracker.start(store, "digits_lenet5", "one", {}, tags)
+    stages = rows(runs, "SELECT run_uuid, lifecycle_stage FROM runs")
+    for tracker, stage in ((killed, "deleted"), (other, "active"), (again, "active")):
+        assert (tracker.run_id, stage) in stages
+        tracker.finish("KILLED")
+
+
+def test_a_closed_run_leaves_no_thread(store: TrackingStore) -> None:
+    before = set(threading.enumerate())
+    with start(store) as tracker:
+        tracker.log_epoch(1, {"loss": 1.0})
+        (sender,) = set(threading.enumerate()) - before
+    sender.join(timeout=5)
+    assert not sender.is_alive()

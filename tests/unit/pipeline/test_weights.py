@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
-from pipeline.checkpoint import CheckpointStore, Progress, TrainingState
+from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Experiment, PipelineError, Recipe, Tracking
-from pipeline.weight_sources import resolve
+from pipeline.storage import LocalStorage
+from pipeline.training_state import Progress, Snapshot, TrainingState
+from pipeline.weight_sources import kept, record, resolve
 from pipeline.weights import Weights, load_into
 from tests.unit.pipeline.stored import one_line
 
@@ -443,7 +446,7 @@ def run_folder(
     record: dict[str, Any] = {"identity": "0123", "status": "started", "mlflow_run": None}
     record["experiment"] = trained.model_dump(mode="json")
     (folder / "run.json").write_text(json.dumps(record))
-    store = CheckpointStore(folder / "checkpoints", "0123", keep=9)
+    store = CheckpointStore(LocalStorage(folder / "checkpoints"), "0123", keep=9)
     watched = "validation_top1" if recipe.validation else "top1"
     weights = {}
     for epoch in range(1, len(accuracies) + 1):
@@ -453,7 +456,7 @@ def run_folder(
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         history = [{watched: accuracy} for accuracy in accuracies[:epoch]]
         state = TrainingState(network, optimizer, scaler, average)
-        store.save(state, Progress(epoch, 10 * epoch, history))
+        store.save(Snapshot.of(state, Progress(epoch, 10 * epoch, history)))
     return weights
 
 
@@ -520,3 +523,26 @@ def test_a_folder_that_is_no_run_is_one_line(
     with pytest.raises(PipelineError) as error:
         resolve(str(tmp_path), experiment)
     assert message in one_line(error)
+
+
+def test_weights_are_found_again_by_the_record_of_a_run_when_their_source_is_gone(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    trained = run_folder(tmp_path / "run", Recipe(epochs=5), [50.0])
+    weights = resolve(str(tmp_path / "run"), experiment)
+    recorded = json.loads(json.dumps(record(weights)))
+    shutil.rmtree(tmp_path / "run")
+    again = kept(recorded, experiment)
+    assert again == weights
+    assert same(again.read(), trained[1])
+    weights.file.write_bytes(weights.file.read_bytes()[:-1] + b"x")
+    assert kept(recorded, experiment) is None, "it is damaged"
+    weights.file.unlink()
+    assert kept(recorded, experiment) is None
+    assert record(None) is None
+
+
+def test_a_record_leads_to_no_file_elsewhere(experiment: Experiment) -> None:
+    hostile = {"source": "x.pt", "origin": "x.pt", "digest": "../../etc/passwd"}
+    with pytest.raises(PipelineError, match=r"record of x\.pt is damaged"):
+        kept(hostile | {"experiment": None, "torchvision": None}, experiment)
