@@ -6,6 +6,7 @@ The loop is the same in this process and under Ray; only the context differs.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,11 +18,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.board import Worker
+from pipeline.watchdog import Watchdog, idleness
+
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
-    from pipeline.board import Event
+    from pipeline.board import Beat, Event
+    from pipeline.stopping import StopRequest
 
 #: Seconds that the last event of a worker may take to the driver's board.
 _FLUSH_SECONDS = 30
@@ -56,13 +61,20 @@ class TrainContext:
     Args:
         tell: receives the events of the training, for the display and the tracker.
         device: to train on; by default the first GPU, or the CPU without one.
+        asked: what the training is asked for meanwhile, see ``wish``.
     """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, tell: Callable[[Event], None], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        tell: Callable[[Event], None],
+        device: torch.device | None = None,
+        asked: Callable[[], Wish] = lambda: Wish.NOTHING,
+    ) -> None:
         self._tell = tell
+        self._asked = asked
         first = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.device = device or first
 
@@ -93,24 +105,24 @@ class TrainContext:
     def sum_over_ranks(self, tensor: torch.Tensor) -> None:
         """Sum the tensor over all ranks, in place."""
 
-    def minimum_over_ranks(self, tensor: torch.Tensor) -> int:
-        """The smallest of the ranks' integers (a scalar tensor each)."""
-        return int(tensor)
+    def minima_over_ranks(self, numbers: torch.Tensor) -> list[int]:
+        """The smallest of the ranks' integers, place by place, of int64 (n,) each."""
+        return numbers.tolist()
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """The ranks' rows, (n,) each, as (world size, n), on every rank."""
         return row[None]
 
     def wish(self) -> Wish:
-        """What this rank has been asked for meanwhile; asked again it may be less, never waits."""
-        return Wish.NOTHING
+        """What this rank has been asked for since the last time; it never waits."""
+        return self._asked()
 
-    def beat(self, doing: str, step: int, usual: float | None = None) -> None:
+    def beat(self, doing: str, step: int | None = None, usual: float | None = None) -> None:
         """Say that this rank is alive, so that one that hangs is noticed.
 
         Args:
             doing: what comes next, in a word or two.
-            step: optimizer step of the training, from 0.
+            step: optimizer step of the training, from 0; None: still the one before.
             usual: seconds that this takes, as far as it is known.
         """
 
@@ -162,15 +174,16 @@ class ProcessGroupContext(TrainContext):
     def sum_over_ranks(self, tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
-    def minimum_over_ranks(self, tensor: torch.Tensor) -> int:
-        smallest = tensor.clone()
+    def minima_over_ranks(self, numbers: torch.Tensor) -> list[int]:
+        smallest = numbers.clone()
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        return int(smallest)
+        return smallest.tolist()
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        rows = row.new_empty((self.world_size, *row.shape))
-        dist.all_gather_into_tensor(rows, row.contiguous())
-        return rows
+        rows = row.new_empty(self.world_size * len(row))
+        if len(row):
+            dist.all_gather_into_tensor(rows, row)
+        return rows.view(self.world_size, len(row))
 
     def agree(self, number: int) -> int:
         shared = torch.tensor([number], dtype=torch.int64, device=self.device)
@@ -178,29 +191,77 @@ class ProcessGroupContext(TrainContext):
         return int(shared)
 
 
+class WatchedContext(TrainContext):
+    """The local form, for a user who sits before it: one note says so when the training hangs.
+
+    Usable as a context manager, within which it is watched.
+
+    Args:
+        tell: receives the events of the training.
+        stop: what the training is asked for meanwhile.
+        longest: seconds until the training hangs, at most.
+    """
+
+    def __init__(self, tell: Callable[[Event], None], stop: StopRequest, longest: float) -> None:
+        super().__init__(tell, asked=lambda: Wish.STOP if stop.requested else Wish.NOTHING)
+        self._has_said_so = False
+        self._watchdog = Watchdog(0, longest, self._note)
+
+    def _note(self, beat: Beat) -> None:
+        if beat.seconds > beat.limit and not self._has_said_so:
+            self._has_said_so = True
+            self.event("note", text=f"the training hangs: {idleness(beat)}")
+
+    def beat(self, doing: str, step: int | None = None, usual: float | None = None) -> None:
+        self._watchdog.begin(doing, step, usual)
+
+    def __enter__(self) -> WatchedContext:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watchdog.close()
+
+
 class RayTrainContext(ProcessGroupContext):
     """A worker of a Ray Train group, which is a rank of its process group.
 
+    Usable as a context manager, within which it is watched.
+
     Args:
-        board: actor that carries events to the driver.
+        board: actor that carries events to the driver, and its wishes here.
+        longest: seconds until a worker hangs, at most.
     """
 
-    def __init__(self, board: ActorHandle) -> None:
+    def __init__(self, board: ActorHandle, longest: float) -> None:
         import ray
         import ray.train
         import ray.train.torch
 
         machine = ray.get_runtime_context().get_node_id()
         super().__init__(self._post, ray.train.torch.get_device(), machine)
-        self._board = board
+        self._board: Any = board
         self._last_post: ObjectRef | None = None
         self._ray_report = ray.train.report
+        self._next_wish: ObjectRef | None = self._board.wished.remote(0) if self.rank == 0 else None
+        self._watchdog = Watchdog(self.rank, longest, self._board.beat.remote)
+
+    def __enter__(self) -> RayTrainContext:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watchdog.close()
 
     def _post(self, event: Event) -> None:
         self._last_post = self._board.post.remote(event)
 
     def fail(self, description: Event) -> None:
         """Tell the driver, from whichever rank, of an error that a restart would only repeat."""
+        import ray
+
+        if description["trace"] is not None:
+            address = ray.util.get_node_ip_address()
+            worker = Worker(self.rank, os.getpid(), self._machine, address)
+            description = description | {"text": f"{worker}: {description['text']}"}
         self._post({"kind": "failed", **description})
         self.flush()
 
@@ -210,6 +271,19 @@ class RayTrainContext(ProcessGroupContext):
 
         if self._last_post is not None:
             ray.get(self._last_post, timeout=_FLUSH_SECONDS)
+
+    def wish(self) -> Wish:
+        """What the driver asks for; it asks rank 0, by answering a call that waits for it."""
+        import ray
+
+        if self._next_wish is None or not ray.wait([self._next_wish], timeout=0)[0]:
+            return Wish.NOTHING
+        number, wish = ray.get(self._next_wish)
+        self._next_wish = self._board.wished.remote(number)
+        return Wish(wish)
+
+    def beat(self, doing: str, step: int | None = None, usual: float | None = None) -> None:
+        self._watchdog.begin(doing, step, usual)
 
     def report(self, metrics: dict[str, float]) -> None:
         self._ray_report(metrics)

@@ -84,8 +84,8 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=context.device)
     largest = min(5, classes)
     with loader.epoch(0) as batches:
-        for number, (batch, labels) in enumerate(batches):
-            context.beat("evaluating", number)
+        for batch, labels in batches:
+            context.beat("evaluating")
             logits = model(batch).float()
             ranked = logits.topk(largest, dim=1).indices
             # Unlike a count of bins, whose number a GPU would have to be asked for.

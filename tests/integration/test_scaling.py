@@ -78,6 +78,38 @@ print(json.dumps(events))
 cluster.shutdown()
 """
 
+#: A training that is given a second machine, which is then announced to be taken away.
+GUEST = """
+import json, os, subprocess, sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.wait_for_nodes()
+os.environ["RAY_ADDRESS"] = cluster.address
+from pipeline import inputs, launch
+from pipeline.experiments import load_experiment
+launch._RESIZE_INTERVAL = 4.0  # a minute, otherwise
+experiment = load_experiment("digits_lenet5", sys.argv[2:])
+manifest = inputs.prepare(experiment, inputs.dataset_of(experiment), lambda *words: None)
+guests, events = [], []
+
+def tell(event):
+    if event["kind"] != "step":
+        events.append(event)
+    elif not guests:
+        guests.append(cluster.add_node(num_cpus=1))
+    elif len(guests) == 1 and events[-1]["kind"] == "resumed":
+        guests.append(None)
+        drain = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address"]
+        drain += [cluster.address, "--node-id", guests[0].node_id, "--reason"]
+        drain += ["DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run([*drain, "--deadline-remaining-seconds", "8"], check=True, stdout=sys.stderr)
+
+launch.train_on_ray(experiment, manifest, Path(sys.argv[1]), tell)
+print(json.dumps(events, default=str))
+cluster.shutdown()
+"""
+
 
 def output_of(program: str, *arguments: str) -> list:
     done = subprocess.run(
@@ -131,3 +163,33 @@ def test_workers_are_on_as_many_machines_as_asked_with_their_threads(tmp_path):
     assert workers["hardware"] == "2 CPU workers on 2 machines, gloo"
     assert (workers["workers"], workers["machines"]) == (2, 2)
     assert threads["number"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_machine_that_comes_costs_no_step_and_one_that_will_go_is_saved_from_before(tmp_path):
+    settings = [
+        f"data.prepared={tmp_path / 'prepared'}",
+        "data.synthetic=[8192,64]",
+        "train.epochs=3",
+        "train.batch_size=32",
+        "scaling.workers=1..2",
+        "scaling.max_failures=0",
+    ]
+    events = output_of(GUEST, str(tmp_path), *settings)
+    kinds = [event["kind"] for event in events]
+    assert [event["workers"] for event in events if event["kind"] == "workers"] == [1, 2, 1]
+    stopped, (grown, shrunk) = (
+        events[kinds.index("stopped")],
+        [event for event in events if event["kind"] == "resumed"],
+    )
+    assert (grown["epoch"], grown["done"]) == (stopped["epoch"], stopped["done"])
+    texts = [event.get("text", "") for event in events]
+    announced = next(i for i, text in enumerate(texts) if "will be taken away in" in text)
+    gone = kinds.index("restart")
+    saves = [e for e in events[announced:gone] if e["kind"] in ("checkpoint", "epoch")]
+    assert saves, "it is asked for a checkpoint as long as the machine is there"
+    assert "was taken away, and with it worker" in texts[gone]
+    last = saves[-1]
+    assert (shrunk["epoch"], shrunk["done"]) >= (last["epoch"], last.get("done", 0))
+    assert kinds[-1] == "evaluation"

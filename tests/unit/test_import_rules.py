@@ -42,7 +42,11 @@ LIBRARIES = {
 }
 # The only files that may import a library.
 HOMES = {
-    "ray": ("pipeline/launch.py", "pipeline/context.py", "tune/*", "infra/*"),
+    "ray": (
+        # The session, what runs in its controller, and the run as a whole; a worker's view of it.
+        *("pipeline/session.py", "pipeline/group_observer.py", "pipeline/launch.py"),
+        *("pipeline/context.py", "tune/*", "infra/*"),
+    ),
     "mlflow": ("pipeline/stores.py", "pipeline/tracking.py", "pipeline/registry.py"),
     "ffcv": ("data_prep/reading/ffcv_reader.py",),
     "numba": ("data_prep/reading/ffcv_reader.py", "data_prep/reading/kernels.py"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from torch.nn import functional as F
 import data_prep
 import models
 from pipeline.config import Recipe
-from pipeline.context import TrainContext
+from pipeline.context import TrainContext, WatchedContext, Wish
+from pipeline.stopping import StopRequest
 from pipeline.training_step import TrainingStep
 
 REPOSITORY = Path(__file__).parents[3]
@@ -149,3 +153,35 @@ def test_two_or_three_processes_train_as_one_does_also_where_they_do_not_divide_
     # Weights begin as rank 0 has them; what each rank makes of the seed itself is not sent.
     assert [found["trained"] for found in courses] == [10] * 8
     assert [found["frozen"] for found in courses] == [10, 11, 10, 11, 12, 10, 11, 12]
+
+
+def test_a_training_in_this_process_that_hangs_is_noted_once(monkeypatch):
+    monkeypatch.setattr("pipeline.watchdog.INTERVAL", 0.02)
+    told: list[dict] = []
+    with WatchedContext(told.append, StopRequest(lambda: None), 0.1) as context:
+        for step in range(3):
+            context.beat("computing", step)
+            time.sleep(0.05)
+        assert told == []
+        context.beat("reading images", 3)
+        time.sleep(0.4)
+    (note,) = told
+    assert note["kind"] == "note"
+    assert note["text"] == "the training hangs: nothing for 0 s at step 3, reading images"
+
+
+def test_a_signal_is_a_wish_to_stop_of_a_training_in_this_process():
+    received: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: received.append(number))
+    try:
+        with (
+            StopRequest(lambda: None) as stop,
+            WatchedContext(lambda event: None, stop, 300.0) as context,
+        ):
+            assert context.wish() is Wish.NOTHING
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert context.wish() is Wish.STOP and received == []
+            stop.finish()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert received == [signal.SIGHUP]
