@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,5 +48,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command_line(tmp_path: Path, prepared: Path) -> CommandLine:
-    return CommandLine(tmp_path / "project", prepared)
+def command_line(tmp_path: Path, prepared: Path) -> Iterator[CommandLine]:
+    command_line = CommandLine(tmp_path / "project", prepared)
+    yield command_line
+    command_line.close()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep import DataError, Manifest, prepare
 from data_prep.datasets import Storage
+from tests.command_line import is_gone
 from tests.pictures import write_class_folders
 
 SMALL = (2000, 300)
@@ -156,18 +157,6 @@ def test_a_preparer_that_waits_goes_on_when_the_other_one_fails(tmp_path: Path) 
     assert not results[0].reused and left_over(prepared) == [results[0].folder.name]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("only root can mount a small disk")
-    yield disk
-    # Lazily: the caught error still holds the file that could not be written.
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("small_disk", [64, 2300, 8000], indirect=True)
 def test_too_small_a_disk_is_one_line_before_anything_is_written(small_disk: Path) -> None:
     told: list[str] = []
@@ -241,10 +230,6 @@ def begin(pictures: Path, prepared: Path) -> tuple[subprocess.Popen[str], list[p
             return process, children
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize(
