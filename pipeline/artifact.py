@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pipeline.config import Checkpointing, Data, Experiment, PipelineError, Scaling, Tracking
 
@@ -31,7 +31,8 @@ def save_companions(
     (folder / "model_card.md").write_text(model_card)
     (folder / TRAINING).mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
-    save_file(tensors, folder / TRAINING / WEIGHTS)
+    # Not by save_file, which would let only this user read them.
+    (folder / TRAINING / WEIGHTS).write_bytes(save(tensors))
     elsewhere = {"root": None, "raw": None, "prepared": Data().prepared}
     portable = {
         "data": experiment.data.model_copy(update=elsewhere),

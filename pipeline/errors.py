@@ -1,4 +1,4 @@
-"""The error that ends in one line for the user."""
+"""What ends a run with one line for the user."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ class PipelineError(Exception):
 
     exit_code = 2
     run: str | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system ended the run; ``run`` names the folder that can be resumed."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(run)
+        self.run = run

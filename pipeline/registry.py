@@ -151,7 +151,7 @@ def _take_up(
             continue
         try:
             size = _verify(store, name, number, images, logits)
-        except PipelineError:  # of weights that the run had before; now it has others
+        except PipelineError:  # of weights that the run had before, or not ours any more
             continue
         taken_up = _Version(number, model_id, size)
     for model_id in model_ids.values():
@@ -368,6 +368,7 @@ def _verify(
     """
     import mlflow.artifacts
     import mlflow.pytorch
+    from mlflow.models import Model
 
     source = store.client.get_model_version_download_uri(name, version)
     allowed = TOLERANCE * max(1.0, logits.abs().max().item())
@@ -380,6 +381,9 @@ def _verify(
         folder = mlflow.artifacts.download_artifacts(
             source, dst_path=scratch, tracking_uri=store.client.tracking_uri
         )
+        # It may have been changed since. Pickles are refused by MLflow, see `pipeline.stores`.
+        if Model.load(folder).flavors["pytorch"].get("code"):
+            raise PipelineError(f"version {version} of {name} brings code, which is not run")
         loaded = mlflow.pytorch.load_model(folder)
         for count in (len(images), 2, 1):
             difference = (loaded(images[:count]) - logits[:count]).abs().max().item()

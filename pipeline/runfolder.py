@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +18,12 @@ from typing import IO, Any
 
 from data_prep.locks import wait_for_disk
 from pipeline.config import Experiment, PipelineError
+from pipeline.errors import Interrupted
 from pipeline.failures import TrainingError
 from pipeline.runlist import ListedRun, UnclearRunError, differences, setting_differences, state
+from pipeline.sections import without_credentials
 from pipeline.settings import build_experiment
+from pipeline.storage import storage_of
 
 _RECORD, _LOCK = "run.json", "lock"
 _KEYS = {"identity", "status", "experiment", "mlflow_run"}
@@ -26,14 +31,6 @@ _UNUSABLE = "cannot be read: damaged or of another version"
 
 #: A process that lists runs holds each of them for a moment: so often (and seconds) to try again.
 _TRIES, _MOMENT = 5, 0.1
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user or the system ended the run; ``run`` names the folder that can be resumed."""
-
-    def __init__(self, run: str) -> None:
-        super().__init__(run)
-        self.run = run
 
 
 @dataclass
@@ -95,12 +92,15 @@ class RunFolder:
         try:
             lock = _own_file(self.path / _LOCK, "a+")
             free = _lock(lock, fcntl.LOCK_EX, _TRIES)
+            holder = _read_holder(lock)
+            if free:
+                lock.truncate(0)
+                os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         except OSError as error:
             raise PipelineError(
                 f"cannot lock {self.path / _LOCK}: {error.strerror}; set tracking.runs to a folder "
-                "of your own, on a file system with locks"
+                "of your own, on a file system with locks and space"
             ) from None
-        holder = _read_holder(lock)
         if not free:
             lock.close()
             raise PipelineError(
@@ -112,15 +112,13 @@ class RunFolder:
                 f"{holder} has not said that it ended this run; where machines do not see each "
                 "other's locks, make sure that it is not there any more"
             )
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
         self._lock = lock
 
     def release(self) -> None:
         """Let another process go on with the run."""
         if self._lock is not None:
-            self._lock.truncate(0)
+            with contextlib.suppress(OSError):  # of a disk that is gone: the lock goes all the same
+                self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 
@@ -221,29 +219,31 @@ def create(
     try:
         parent.mkdir(parents=True, exist_ok=True)
         name = f"{stamp}-{identity[:6]}{identity[12:]}"
-        path = parent / name
-        number = 1
-        while True:
-            try:
+        for number in itertools.count(1):
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 break
-            except FileExistsError:
-                number += 1
-                path = parent / f"{name}-{number}"
-        folder = RunFolder(path, {})
+    except OSError as error:
+        raise PipelineError(
+            f"cannot write the run folder under {parent}: {error.strerror}; "
+            "set tracking.runs to a folder that you may write"
+        ) from None
+    folder = RunFolder(path, {})
+    try:
         folder.hold()
         folder.update(
             identity=identity,
             status="started",
             experiment=experiment.model_dump(mode="json"),
             mlflow_run=None,
+            checkpoints=_elsewhere(experiment),
             **(made_of or {}),
         )
-    except OSError as error:
-        raise PipelineError(
-            f"cannot write the run folder under {parent}: {error.strerror}; "
-            "set tracking.runs to a folder that you may write"
-        ) from None
+    except PipelineError:
+        folder.release()
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     return folder
 
 
@@ -272,8 +272,6 @@ def find(
         if chosen.record["identity"] != identity:
             differing = ", ".join(changes(chosen)) or "its data or weights"
             raise PipelineError(f"run {chosen.name} cannot be continued, it differs in {differing}")
-        if chosen.finished:
-            raise PipelineError(f"run {chosen.name} is finished; there is nothing to resume")
     else:
         runs = _all(experiment)
         fitting = [run for run in runs if run.record["identity"] == identity and not run.finished]
@@ -281,7 +279,42 @@ def find(
             raise _unclear(experiment, runs, len(fitting), changes)
         chosen = fitting[0]
     chosen.hold()
+    try:
+        chosen.record = _read(chosen.path).record  # another process may just have ended it
+        if chosen.finished:
+            raise PipelineError(f"run {chosen.name} is finished; there is nothing to resume")
+        _follow_checkpoints(chosen, experiment)
+    except PipelineError:
+        chosen.release()
+        raise
     return chosen
+
+
+def _follow_checkpoints(run: RunFolder, experiment: Experiment) -> None:
+    """Note that the checkpoints of a run were moved; refuse to begin anew where there are none."""
+    before, now = run.record.get("checkpoints"), _elsewhere(experiment)
+    if now == before:
+        return
+    storage = storage_of(experiment, run.path)
+    try:
+        found = storage.names()
+    except OSError as error:
+        raise PipelineError(f"cannot look for checkpoints in {storage.place}: {error}") from None
+    if not found:
+        raise PipelineError(
+            f"run {run.name} keeps its checkpoints in {before or run.path}, and there are none in "
+            f"{storage.place}: set checkpoint.folder as it was, or move them"
+        )
+    run.update(checkpoints=now, experiment=experiment.model_dump(mode="json"))
+
+
+def _elsewhere(experiment: Experiment) -> str | None:
+    """Below what the checkpoints of a run lie that are not in its folder."""
+    place = experiment.checkpoint.folder
+    if place is None or experiment.seeds > 1:  # of several seeds each has its own
+        return None
+    is_uri = "://" in place
+    return without_credentials(place) if is_uri else str(Path(place).expanduser().absolute())
 
 
 def begun_with(experiment: Experiment, resume: bool | str) -> dict[str, Any]:
@@ -322,7 +355,7 @@ def _named(
     chosen = next((run for run in runs if run.name == folder), None)
     if chosen is None:
         problem = f"no run {folder} of {experiment.name}" if folder else "--resume names no run"
-        raise UnclearRunError(problem + _hint(runs), _listed(runs, changes))
+        raise UnclearRunError(problem, _listed(runs, changes))
     if not chosen.usable:
         raise PipelineError(f"{chosen.path / _RECORD} {_UNUSABLE}; start a new run")
     return chosen
@@ -335,18 +368,10 @@ def _unclear(
     changes: Callable[[RunFolder], list[str]],
 ) -> UnclearRunError:
     """What to say where ``--resume`` alone means none of the runs, or several."""
+    problem = f"no unfinished run of {experiment.name} with these settings"
     if fitting:
-        problem = f"{fitting} runs can be continued, name one: --resume RUN{_hint(runs)}"
-    else:
-        problem = f"no unfinished run of {experiment.name} with these settings{_hint(runs)}"
+        problem = f"{fitting} runs can be continued, name one: --resume RUN"
     return UnclearRunError(problem, _listed(runs, changes))
-
-
-def _hint(runs: list[RunFolder]) -> str:
-    if not runs:
-        return "; there are no runs of it yet"
-    older = f" and {len(runs) - 3} older ones" if len(runs) > 3 else ""
-    return f"; there are {', '.join(run.name for run in runs[:3])}{older}"
 
 
 def _listed(runs: list[RunFolder], changes: Callable[[RunFolder], list[str]]) -> list[ListedRun]:

@@ -45,12 +45,16 @@ class ListedRun:
 class UnclearRunError(PipelineError):
     """`--resume` does not say which run it means, or means none.
 
-    Attributes:
+    Args:
+        problem: to which the newest runs are added.
         runs: that there are, newest first.
     """
 
-    def __init__(self, message: str, runs: Sequence[ListedRun]) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, runs: Sequence[ListedRun]) -> None:
+        names = ", ".join(run.name for run in runs[:3])
+        older = f" and {len(runs) - 3} older ones" if len(runs) > 3 else ""
+        hint = f"there are {names}{older}" if runs else "there are no runs of it yet"
+        super().__init__(f"{problem}; {hint}")
         self.runs = runs
 
     def table(self) -> Table:

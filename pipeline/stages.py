@@ -117,18 +117,20 @@ def start_tracking(
 
     tell = materials.display.note
     if folder.record["mlflow_run"] is not None:
-        return Tracker.resume(materials.store, folder.record["mlflow_run"], tell)
-    tags = {
-        "identity": folder.record["identity"],
-        "data.fingerprint": materials.manifest.fingerprint,
-        "run_folder": str(folder.path),
-        "tuned": str(experiment.tuned).lower(),
-    }
-    params = flatten(experiment.model_dump(mode="json"))
-    tracker = Tracker.start(
-        materials.store, experiment.name, folder.name, params, tags, parent=parent, tell=tell
-    )
-    folder.update(mlflow_run=tracker.run_id)
+        tracker = Tracker.resume(materials.store, folder.record["mlflow_run"], tell)
+    else:
+        tags = {
+            "identity": folder.record["identity"],
+            "data.fingerprint": materials.manifest.fingerprint,
+            "run_folder": str(folder.path),
+            "tuned": str(experiment.tuned).lower(),
+        }
+        params = flatten(experiment.model_dump(mode="json"))
+        tracker = Tracker.start(
+            materials.store, experiment.name, folder.name, params, tags, parent=parent, tell=tell
+        )
+        folder.update(mlflow_run=tracker.run_id)
+    # Also of a run that goes on: the process before may have ended before it was sent.
     tracker.log_text("experiment.yaml", experiment.to_yaml())
     return tracker
 

@@ -51,11 +51,13 @@ class Tracker:
         self,
         store: TrackingStore,
         run_id: str,
+        begun: int,
         logged_epochs: set[int],
         tell: Callable[[str], None],
     ) -> None:
         self.store = store
         self.run_id = run_id
+        self._begun = begun  # in Unix milliseconds
         self._logged_epochs = logged_epochs
         self._delivery = Delivery(store.uri, tell)
         self._tell = tell
@@ -117,7 +119,7 @@ class Tracker:
                 store.client.log_batch(run_id, params=batch, synchronous=True)
             if too_long:
                 store.client.log_dict(run_id, too_long, "long_params.json")
-        return cls(store, run_id, set(), tell)
+        return cls(store, run_id, run.info.start_time, set(), tell)
 
     @classmethod
     def resume(
@@ -131,12 +133,23 @@ class Tracker:
         Raises:
             PipelineError: the store does not have that run, or its folder was moved.
         """
+        from mlflow.exceptions import MlflowException
+
         with store_errors(f"cannot continue run {run_id} in {store.uri}"):
-            experiment_id = store.client.get_run(run_id).info.experiment_id
-            _refuse_moved(store, store.client.get_experiment(experiment_id))
+            try:
+                run = store.client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise PipelineError(
+                    f"cannot continue run {run_id}, which is not in {store.uri}; set tracking.uri "
+                    "as it was when the run began"
+                ) from None
+            _refuse_moved(store, store.client.get_experiment(run.info.experiment_id))
             store.client.update_run(run_id, status="RUNNING")
             history = store.client.get_metric_history(run_id, EPOCH_METRIC)
-        return cls(store, run_id, {metric.step for metric in history}, tell)
+        logged_epochs = {metric.step for metric in history}
+        return cls(store, run_id, run.info.start_time, logged_epochs, tell)
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Write an epoch's metrics in one call; an epoch that is already there is left alone.
@@ -148,18 +161,21 @@ class Tracker:
             return
         self._logged_epochs.add(epoch)
         rows = {name: value for name, value in metrics.items() if name not in (EPOCH_METRIC, TIME)}
-        self._log(epoch, rows | {EPOCH_METRIC: epoch}, epoch, metrics.get(TIME))
+        milliseconds = int(metrics.get(TIME, time.time()) * 1000)
+        self._log(epoch, rows | {EPOCH_METRIC: epoch}, epoch, milliseconds)
 
     def log_result(self, metrics: Mapping[str, float]) -> None:
-        """Write metrics of the run as a whole, which belong to no epoch."""
-        self._log("result", metrics, 0, None)
+        """Write metrics of the run as a whole, which belong to no epoch.
+
+        The time of their rows is that at which the run began, which no resume changes.
+        """
+        self._log("result", metrics, 0, self._begun)
 
     def _log(
-        self, what: str | int, metrics: Mapping[str, float], step: int, seconds: float | None
+        self, what: str | int, metrics: Mapping[str, float], step: int, milliseconds: int
     ) -> None:
         from mlflow.entities import Metric
 
-        milliseconds = int((time.time() if seconds is None else seconds) * 1000)
         # Fixed rows with a fixed time: sent twice after a lost answer, they are stored once.
         rows = [
             Metric(re.sub(r"[^\w./: -]", "_", name), float(value), milliseconds, step)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_prep.locks import wait_for_disk
@@ -338,7 +338,7 @@ def _keep(tensors: Mapping[str, Tensor], folder: Path) -> tuple[Path, str]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
             partial = Path(scratch, "weights.safetensors")
-            save_file(plain, partial)
+            partial.write_bytes(save(plain))  # save_file would let only this user read them
             with partial.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             wait_for_disk(partial)

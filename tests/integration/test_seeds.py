@@ -12,8 +12,9 @@ from pipeline import runfolder
 from pipeline.cli import main, smoke
 from pipeline.config import PipelineError
 from pipeline.display import TrainingDisplay
+from pipeline.errors import Interrupted
 from pipeline.experiments import load_experiment
-from pipeline.runfolder import Interrupted, RunFolder
+from pipeline.runfolder import RunFolder
 from pipeline.seeds import run_seeds
 from pipeline.settings import override
 from pipeline.stages import run

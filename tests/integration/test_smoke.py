@@ -10,8 +10,8 @@ import torch
 
 from pipeline.cli import smoke
 from pipeline.config import PipelineError
+from pipeline.errors import Interrupted
 from pipeline.experiments import load_experiment
-from pipeline.runfolder import Interrupted
 from pipeline.settings import override
 from pipeline.stages import run
 

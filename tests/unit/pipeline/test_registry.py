@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import re
+import stat
 import subprocess
 import sys
 import zipfile
@@ -207,6 +209,11 @@ def test_numbers_that_begin_like_a_pickle_of_an_unknown_protocol_are_let_through
 ) -> None:
     (tmp_path / "weights").write_bytes(pickle.PROTO + bytes([6]) + pickle.REDUCE + b"\xff")
     refuse_pickled_code(tmp_path)
+
+
+def test_whoever_may_read_one_file_of_a_version_may_read_all(registered: Registered) -> None:
+    files = [path for path in registered.artifact.rglob("*") if path.is_file()]
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in files}) == 1
 
 
 def test_card_preprocessing_signature_and_tags_come_with_the_model(registered: Registered) -> None:
@@ -441,6 +448,54 @@ def test_a_run_has_one_version_however_often_it_is_registered_and_no_alias_goes_
     assert rows(runs, "SELECT count(*) FROM inputs WHERE source_type = 'RUN_OUTPUT'") == [(2,)]
     stages = dict(rows(runs, "SELECT model_id, lifecycle_stage FROM logged_models"))
     assert [key for key, stage in stages.items() if stage == "deleted"] == [left.model_id]
+
+
+class Touch:
+    """Pickled, it makes an empty file of whoever reads it back."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_version_that_was_changed_since_runs_no_code_when_it_is_taken_up(
+    store: TrackingStore, runs: Path, tmp_path: Path
+) -> None:
+    run_id = Tracker.start(store, "net", "first", {}, {}).run_id
+    model, harm = Classifier(), tmp_path / "harm"
+    register_network(store, run_id, model, model, "net")
+    (artifact,) = (runs / "artifacts" / "models").glob("*/artifacts")
+
+    (artifact / "data" / "pickle_module_info.txt").write_text("pickle")
+    (artifact / "data" / "model.pth").write_bytes(pickle.dumps(Touch(harm), protocol=0))
+    with pytest.raises(PipelineError, match="using pickle is disallowed") as error:
+        register_network(store, run_id, model, model, "net")
+    one_line(error)
+    (artifact / "data" / "model.pth").unlink()
+
+    graph = artifact / "data" / "model.pt2"
+    with zipfile.ZipFile(graph) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (inputs,) = [name for name in members if "sample_inputs" in name and name.endswith(".pt")]
+    changed = io.BytesIO()
+    torch.save(Touch(harm), changed)
+    with zipfile.ZipFile(graph, "w") as archive:
+        for name, content in {**members, inputs: changed.getvalue()}.items():
+            archive.writestr(name, content)
+    with pytest.raises(PipelineError, match="using pickle is disallowed"):
+        register_network(store, run_id, model, model, "net")
+    assert not harm.exists()
+
+    with zipfile.ZipFile(graph, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    before = list(sys.path)
+    description = (artifact / "MLmodel").read_text()
+    (artifact / "MLmodel").write_text(re.sub(r"\bcode:.*", f"code: {tmp_path}", description))
+    assert register_network(store, run_id, model, model, "net").version == 2
+    assert sys.path == before
 
 
 def test_registering_for_a_run_that_is_not_there_is_one_line(registered: Registered) -> None:

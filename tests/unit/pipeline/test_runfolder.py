@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from pipeline import runfolder
 from pipeline.config import Experiment, PipelineError
+from pipeline.errors import Interrupted
 from pipeline.failures import TrainingError
 from pipeline.runlist import UnclearRunError
 from pipeline.settings import override
@@ -52,6 +54,44 @@ def test_a_finished_run_and_one_of_other_settings_are_not_continued(experiment):
     with pytest.raises(PipelineError, match="no unfinished run") as caught:
         runfolder.find(experiment, "identity", None)
     assert done.name in str(caught.value)
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_trained_again(experiment):
+    run = runfolder.create(experiment, "identity")
+    assert run._lock is not None
+    as_before = runfolder.read(experiment, run.name)
+    run.update(status="finished")
+    run.release()
+    read = runfolder._read
+
+    def read_before_it_ended(folder):
+        runfolder._read = read
+        return as_before
+
+    runfolder._read = read_before_it_ended
+    with pytest.raises(PipelineError, match=f"run {run.name} is finished"):
+        runfolder.find(experiment, "identity", None)
+    assert run.holder() is None
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_anew_without_them(
+    experiment, tmp_path
+):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    here = override(experiment, [f"checkpoint.folder={kept}"])
+    run = runfolder.create(here, "identity")
+    run.release()
+    checkpoints = kept / experiment.name / run.name
+    (checkpoints / "epoch-0001").mkdir(parents=True)
+    moved = override(experiment, [f"checkpoint.folder={other}"])
+    for changed in (experiment, moved):
+        with pytest.raises(PipelineError, match=f"keeps its checkpoints in {kept}, and there are"):
+            runfolder.find(changed, "identity", None)
+    shutil.copytree(kept, other)
+    for settings in (moved, moved, here):
+        runfolder.find(settings, "identity", None).release()
+    shutil.rmtree(other)
+    assert runfolder.find(here, "identity", None).path == run.path
 
 
 def test_several_candidates_are_listed_and_one_can_be_named(experiment):
@@ -130,7 +170,7 @@ def test_a_run_may_be_named_by_its_path_but_not_by_nothing(experiment):
 
 def test_what_stops_a_run_names_the_folder_to_continue_and_lets_go_of_it(experiment):
     with (
-        pytest.raises(runfolder.Interrupted) as stopped,
+        pytest.raises(Interrupted) as stopped,
         runfolder.opened(experiment, "identity", False),
     ):
         raise KeyboardInterrupt
@@ -283,6 +323,29 @@ def test_the_record_holds_no_password_and_is_the_users_own(experiment):
     for name in ("run.json", "lock"):
         assert stat.S_IMODE((run.path / name).stat().st_mode) == 0o600
     assert runfolder.find(settings, "identity", None).path == run.path
+
+
+def test_a_run_whose_record_cannot_be_written_leaves_no_folder(experiment):
+    """On a file system without space, which the limit on the size of files stands for."""
+    program = (
+        "import json, resource, signal, sys; from pipeline import runfolder;"
+        "from pipeline.settings import build_experiment;"
+        "experiment = build_experiment(json.loads(sys.argv[1]));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2);"
+        "runfolder.create(experiment, 'identity')"
+    )
+    for room, what in ((0, "lock"), (100, "write")):
+        arguments = (experiment.model_dump_json(), str(room))
+        run = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        )
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith(f"pipeline.errors.PipelineError: cannot {what} "), run.stderr
+        assert list((experiment.tracking.runs / experiment.name).iterdir()) == []
 
 
 def test_a_record_that_cannot_be_written_stays_as_it_was(experiment):

@@ -110,7 +110,7 @@ def test_what_a_failed_run_lacks_does_not_hide_its_failure(
 
 
 def test_a_run_that_is_not_there_is_named(store: TrackingStore) -> None:
-    with pytest.raises(PipelineError, match="cannot continue run 0123") as error:
+    with pytest.raises(PipelineError, match="cannot continue run 0123, which is not in") as error:
         Tracker.resume(store, "0123")
     one_line(error)
 
@@ -152,6 +152,8 @@ def test_a_part_of_a_run_lies_below_it_and_the_whole_has_a_result(
         whole.log_result({"top1_mean": 99.0})
     parents = rows(runs, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'")
     assert parents == [(part.run_id, whole.run_id)]
+    with Tracker.resume(store, whole.run_id) as resumed:  # killed before it noted that it ended
+        resumed.log_result({"top1_mean": 99.0})
     results = rows(runs, "SELECT run_uuid, key, value FROM metrics")
     assert results == [(whole.run_id, "top1_mean", 99.0)]
 
@@ -233,7 +235,7 @@ def test_rows_that_are_sent_again_are_stored_once(runs: Path, store: TrackingSto
     tracker.log_epoch(1, metrics)
     tracker.finish("KILLED")
     before = rows(runs, "SELECT * FROM metrics ORDER BY key")
-    unaware = Tracker(store, tracker.run_id, set(), print)  # of what is already there
+    unaware = Tracker(store, tracker.run_id, 0, set(), print)  # of what is already there
     unaware.log_epoch(1, metrics)
     unaware.finish()
     assert rows(runs, "SELECT * FROM metrics ORDER BY key") == before

@@ -272,6 +272,8 @@ def test_every_form_of_file_gives_the_same_weights_and_the_same_digest(
     folder = experiment.tracking.runs / "weights"
     assert list(folder.iterdir()) == [folder / f"{found[0].digest[:16]}.safetensors"]
     assert same(load_file(found[0].file), dict(tensors))
+    plain_file = tmp_path / "plain.pt"
+    assert found[0].file.stat().st_mode == plain_file.stat().st_mode, "others may read it too"
     assert [weights.source for weights in found] == sources
 
 
