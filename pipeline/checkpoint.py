@@ -41,7 +41,19 @@ _T = TypeVar("_T")
 
 
 class CheckpointError(PipelineError):
-    """A checkpoint that cannot be saved or used; the message is one line that names it."""
+    """Checkpoints that cannot be written or reached; the message is one line that names them.
+
+    Attributes:
+        transient: whether the training can go on later, when there is room on the disk, say.
+    """
+
+    transient = True
+
+
+class UnusableCheckpointError(CheckpointError):
+    """A checkpoint that is damaged, or not what this training would have written."""
+
+    transient = False
 
 
 @dataclass(frozen=True, order=True)
@@ -139,18 +151,27 @@ class CheckpointStore:
         except ValueError as error:
             raise self._not_saved(position, one_line(error)) from None
 
-    def newest(self, warn: Callable[[str], None]) -> Position | None:
+    def newest(
+        self,
+        warn: Callable[[str], None],
+        state: TrainingState | None = None,
+        row: Mapping[str, Tensor] | None = None,
+    ) -> Position | None:
         """The newest valid checkpoint, None without one.
 
         Args:
             warn: called with a line for each newer checkpoint that had to be skipped.
+            state: whose tensors have to fit; None: only the files are looked at.
+            row: of each rank, as of ``load``.
 
         Raises:
             CheckpointError: the storage cannot be read.
         """
         for position in self._all():
             try:
-                self._open(position)
+                checkpoint = self._open(position)
+                if state is not None:
+                    _read(checkpoint, state, row or {})
             except DamagedError as error:
                 warn(f"checkpoint {position.name} is skipped: {error}")
             else:
@@ -174,17 +195,13 @@ class CheckpointStore:
             each, on the CPU.
 
         Raises:
-            CheckpointError: it is damaged, or not of this training; the state is then not to be
-                used.
+            UnusableCheckpointError: it is damaged, or not of this training; the state is then
+                not to be used.
         """
         with self._named(position):
             checkpoint = self._open(position)
             record = checkpoint.record
-            tensors = {
-                part: checkpoint.tensors(part, expected)
-                for part, expected in expected_tensors(state).items()
-            }
-            rank_state = checkpoint.rank_state(row) if record.done else {}
+            tensors, rank_state = _read(checkpoint, state, row)
             restore(state, tensors, record.counters, record.scaler)
         return Progress(record.epoch, record.step, record.history, record.done), rank_state
 
@@ -192,7 +209,7 @@ class CheckpointStore:
         """Restore the network alone from the checkpoint after ``epoch`` epochs.
 
         Raises:
-            CheckpointError: it is damaged, or another network's.
+            UnusableCheckpointError: it is damaged, or another network's.
         """
         with self._named(Position(epoch)):
             checkpoint = self._open(Position(epoch))
@@ -204,7 +221,7 @@ class CheckpointStore:
         The file may be a copy, which is gone when the store is, or opens another checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
+            UnusableCheckpointError: the checkpoint is damaged.
         """
         with self._named(Position(epoch)):
             checkpoint = self._open(Position(epoch))
@@ -214,7 +231,7 @@ class CheckpointStore:
         """Metrics of each complete epoch at this position.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
+            UnusableCheckpointError: the checkpoint is damaged.
         """
         with self._named(position):
             return self._open(position).record.history
@@ -253,7 +270,7 @@ class CheckpointStore:
         try:
             yield
         except (DamagedError, MisfitError) as error:
-            raise CheckpointError(
+            raise UnusableCheckpointError(
                 f"checkpoint {self._path(position)} cannot be used: {error}"
             ) from None
 
@@ -276,6 +293,17 @@ class CheckpointStore:
         for position in positions:
             if position not in newest and position not in results:
                 self.storage.remove(position.name)
+
+
+def _read(
+    checkpoint: CheckpointFiles, state: TrainingState, row: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors by part, and those of the ranks; all of them fit the state."""
+    tensors = {
+        part: checkpoint.tensors(part, expected)
+        for part, expected in expected_tensors(state).items()
+    }
+    return tensors, checkpoint.rank_state(row) if checkpoint.record.done else {}
 
 
 def _patiently(action: Callable[[], _T]) -> _T:

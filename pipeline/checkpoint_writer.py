@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
@@ -22,15 +22,14 @@ class CheckpointWriter:
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._snapshot: Snapshot | None = None
-        self._writing: Future[None] | None = None
+        self._writing: _Save | None = None
+        self._memory: Snapshot | None = None
         self._safe: list[Progress] = []
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written."""
-        return self._writing is not None and not self._writing.done()
+        return self._writing is not None and self._writing.is_alive()
 
     def start(
         self, state: TrainingState, progress: Progress, rank_state: Mapping[str, Tensor]
@@ -43,8 +42,9 @@ class CheckpointWriter:
         """
         self._finish()
         # Into the memory of the one before, which is written.
-        self._snapshot = Snapshot.of(state, progress, rank_state, reuse=self._snapshot)
-        self._writing = self._thread.submit(self._store.save, self._snapshot)
+        self._memory = Snapshot.of(state, progress, rank_state, reuse=self._memory)
+        self._writing = _Save(self._store, self._memory)
+        self._writing.start()
 
     def collect(self) -> list[Progress]:
         """Those that have become safe since the last call, in order; never waits."""
@@ -60,7 +60,27 @@ class CheckpointWriter:
 
     def _finish(self) -> None:
         """Wait for the one that is being written, and learn how it went."""
-        writing, self._writing = self._writing, None
-        if writing is not None and self._snapshot is not None:
-            writing.result()
-            self._safe.append(self._snapshot.progress)
+        if self._writing is None:
+            return
+        self._writing.join()
+        written, self._writing = self._writing, None
+        if written.error is not None:
+            raise written.error
+        self._safe.append(written.snapshot.progress)
+
+
+class _Save(threading.Thread):
+    """A checkpoint that is being written; the error of a save that failed stays in ``error``."""
+
+    def __init__(self, store: CheckpointStore, snapshot: Snapshot) -> None:
+        # A process that is to end at once does not wait for storage that hangs.
+        super().__init__(name="checkpoint", daemon=True)
+        self._store = store
+        self.snapshot = snapshot
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._store.save(self.snapshot)
+        except Exception as error:  # for the training to raise
+            self.error = error

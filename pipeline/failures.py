@@ -95,7 +95,7 @@ def as_event(error: BaseException) -> Event:
     text = first_line(error) if is_explained else _cause(error)
     # A line made of a system error says it all, one made of another error hides where that was.
     if is_explained and isinstance(error.__cause__, (OSError, type(None))):
-        return {"text": text, "trace": None}
+        return {"text": text, "trace": None, "transient": getattr(error, "transient", False)}
     return {"text": text, "trace": "".join(traceback.format_exception(error))}
 
 
@@ -168,6 +168,7 @@ def keep_trace(trace: str, folder: Path) -> Path | None:
 def training_error(description: Event, folder: Path, transient: bool = False) -> TrainingError:
     """The error that the user sees; a trace goes to a file in the run folder."""
     text, trace = description["text"], description["trace"]
+    transient = transient or description.get("transient", False)
     if trace is None:
         return TrainingError(text, transient)
     path = keep_trace(trace, folder)

@@ -16,7 +16,7 @@ import data_prep
 import models
 from pipeline import inputs as data
 from pipeline.averaging import MovingAverage, Statistics
-from pipeline.checkpoint import CheckpointStore, kept_epoch
+from pipeline.checkpoint import CheckpointStore, UnusableCheckpointError, kept_epoch
 from pipeline.context import Wish
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.meter import Checks, Meter, not_finite
@@ -92,8 +92,9 @@ def train(
     except _Stopped:
         progress = training.progress
         context.event("stopped", epoch=progress.epoch, done=progress.done)
-    finally:
+    except Exception:  # an interrupt does not wait
         training.saving.close()
+        raise
 
 
 class _Training:
@@ -282,10 +283,7 @@ class _Training:
     def evaluate_result(self) -> None:
         """Evaluate the result on the test split, in float32, and tell all about it."""
         self.saving.finish()
-        kept = kept_epoch(self.progress.history)
-        if kept != self.progress.epoch:
-            result = self.state.average if self.state.average is not None else self.state.model
-            self.store.load_model(kept, result)
+        kept = self._load_kept()
         loader = self.watched_loader if self.watched == "test" else self._open("test")
         evaluation = self._evaluate("test", loader, fast=False)
         self.context.event(
@@ -295,6 +293,20 @@ class _Training:
             top5_hits=evaluation.top5_hits,
             loss=evaluation.loss,
         )
+
+    def _load_kept(self) -> int:
+        """Take the weights that are the result, and return the epoch that they are of."""
+        kept, last = kept_epoch(self.progress.history), self.progress.epoch
+        if kept == last:
+            return last
+        result = self.state.average if self.state.average is not None else self.state.model
+        try:
+            self.store.load_model(kept, result)
+        except UnusableCheckpointError as error:
+            # Better than no result at all, after all these epochs.
+            self.context.event("note", text=f"{error}; the result is that of epoch {last} instead")
+            return last
+        return kept
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.checkpoint import CheckpointError, CheckpointStore, Position
+from pipeline.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    Position,
+    UnusableCheckpointError,
+)
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.context import Wish
 from pipeline.training_state import Progress, TrainingState
@@ -46,6 +51,9 @@ class Saving:
         self._state, self._statistics = state, statistics
         self._steps = steps_per_epoch
         self._all_steps = experiment.train.epochs * steps_per_epoch
+        judged_by = "validation" if experiment.train.validation else "test"
+        own = {f"{judged_by}_top1", f"{judged_by}_loss"}
+        self._metrics = own | {"train_loss", "train_top1", "images_per_second", "evaluate_seconds"}
         self._writer = CheckpointWriter(store)
         self._saved_at = time.monotonic()
         self._held_up = 0.0
@@ -61,18 +69,40 @@ class Saving:
             Where the number of ranks has changed, rank 0 has what all had counted.
         """
         context = self._context
-        newest = self._store.newest(lambda line: context.event("note", text=line))
-        epoch, done = (newest.epoch, newest.done) if newest is not None else (0, 0)
-        position = Position(context.agree(epoch), context.agree(done))
+        rows = {"statistics": self._statistics.row(), "counted": nothing}
+        newest = None
+        if context.rank == 0:
+            newest = self._store.newest(
+                lambda line: context.event("note", text=line), self._state, rows
+            )
+        newest = newest or Position(0)
+        position = Position(context.agree(newest.epoch), context.agree(newest.done))
         if position == Position(0):
             return Progress(0, 0, []), None
-        rows = {"statistics": self._statistics.row(), "counted": nothing}
         progress, by_rank = self._store.load(position, self._state, rows)
+        misfit = self._misfit(progress)
+        if misfit:
+            name = f"{self._store.storage.place}/{position.name}"
+            raise UnusableCheckpointError(f"checkpoint {name} cannot be used: {misfit}")
         counted = None
         if by_rank:
             counted = self._restore_ranks(by_rank["statistics"], by_rank["counted"])
         context.event("resumed", epoch=progress.epoch, done=progress.done, history=progress.history)
         return progress, counted
+
+    def _misfit(self, progress: Progress) -> str:
+        """Why this training never is there; empty where it can be."""
+        passed = progress.epoch * self._steps + progress.done
+        if progress.done > self._steps or not progress.step == passed <= self._all_steps:
+            return (
+                f"it was saved after {progress.step} steps, {progress.done} of epoch "
+                f"{progress.epoch + 1}, where an epoch has {self._steps}"
+            )
+        for epoch, metrics in enumerate(progress.history, start=1):
+            missing = sorted(self._metrics - metrics.keys())
+            if missing:
+                return f"there is no {missing[0]} of epoch {epoch}"
+        return ""
 
     def _restore_ranks(self, statistics: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         rank = self._context.rank
@@ -150,8 +180,8 @@ class Saving:
         self._context.agree(0)  # the others wait here
 
     def close(self) -> None:
-        """Let what is being written become whole, however the training ends."""
-        # The training ends with an error of its own.
+        """Let what is being written become whole before the training ends with an error."""
+        # Which is another one.
         with contextlib.suppress(CheckpointError, FloatingPointError):
             self._writer.wait()
 

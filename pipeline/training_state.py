@@ -240,4 +240,5 @@ def _restore_optimizer(
                 continue
             if value.shape == parameter.shape:
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            optimizer.state[parameter][key] = value.to(shown.device)
+            # A copy: as it is read it is a part of the file, which would stay on the disk.
+            optimizer.state[parameter][key] = value.to(shown.device, copy=True)

@@ -156,7 +156,7 @@ def test_an_epoch_that_is_sent_again_by_a_later_process_is_stored_once(
     rows = {"loss": 0.5, "top1": float("nan"), "time": 1_700_000_000.25}
     tracker.log_epoch(1, rows)
     tracker.finish("KILLED")
-    later = Tracker(store, tracker.run_id, set(), print)  # that does not know of the marker
+    later = Tracker(store, tracker.run_id, 0, set(), print)  # that does not know of the marker
     later.log_epoch(1, rows)
     later.finish()
     history = store.client.get_metric_history(tracker.run_id, "loss")

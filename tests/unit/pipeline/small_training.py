@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -66,13 +70,37 @@ def save(
 
 def saved(folder: Path, epochs: int = 2, keep: int = 2) -> CheckpointStore:
     """A folder with a checkpoint of each epoch."""
-    state, store = small_training(), store_in(folder, keep)
-    for epoch in range(1, epochs + 1):
-        make_step(state, epoch)
-        save(store, state, epoch)
-    return store
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _contents(epochs, keep).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return store_in(folder, keep)
+
+
+@cache
+def _contents(epochs: int, keep: int) -> dict[str, bytes]:
+    """Of the files of such a folder: many tests need one, and each would wait for the disk."""
+    state = small_training()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for epoch in range(1, epochs + 1):
+            make_step(state, epoch)
+            save(store_in(folder, keep), state, epoch)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def names(folder: Path) -> list[str]:
     """What is in a folder, hidden or not."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def forge(folder: Path, file: str, content: bytes, name: str | None = None) -> None:
+    """Change a file as somebody would who wants it believed: size and checksum are right."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if name is None:
+        (folder / file).write_bytes(content)
+    said = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][file if name is None else name] = said
+    path.write_text(json.dumps(manifest))

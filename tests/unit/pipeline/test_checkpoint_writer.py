@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -135,3 +138,40 @@ def test_a_disk_that_hiccups_is_asked_again_without_holding_the_training_up(tmp_
     writer.start(small_training(), progress_after(1), {})
     assert writer.collect() == []
     assert writer.wait() == [progress_after(1)]
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.storage import LocalStorage
+from tests.unit.pipeline.small_training import small_training
+from pipeline.training_state import Progress
+
+class Hanging(LocalStorage):
+    def write(self, name, files):
+        print("writing", flush=True)
+        time.sleep(1000)
+
+writer = CheckpointWriter(CheckpointStore(Hanging(Path(sys.argv[1])), "identity"))
+writer.start(small_training(), Progress(1, 1, [{}]), {})
+try:
+    writer.wait()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_an_interrupt_ends_a_process_whose_storage_hangs(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(10) == 130
+    finally:
+        process.kill()

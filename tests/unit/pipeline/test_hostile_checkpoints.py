@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import pickletools
@@ -18,24 +17,13 @@ from pipeline.training_state import Progress, Snapshot, TrainingState
 from tests.unit.pipeline.small_training import (
     ROW,
     ROWS,
+    forge,
     make_step,
     save,
     saved,
     small_training,
     store_in,
 )
-
-
-def forge(folder: Path, file: str, content: bytes, name: str | None = None) -> None:
-    """Change a file as somebody would who wants it believed: size and checksum are right."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    if name is None:
-        (folder / file).write_bytes(content)
-    said = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["files"][file if name is None else name] = said
-    path.write_text(json.dumps(manifest))
-
 
 STATE = {
     "nested": b'{"history":' + b"[" * 200_000 + b"]" * 200_000 + b"}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import data_prep
@@ -183,6 +184,22 @@ def test_the_best_held_out_epoch_is_the_result(manifest, tmp_path):
     loader = data_prep.make_loader(manifest, "test", batch_size=10, training=False)
     again = evaluate(model, loader, context, classes=10, images=30)
     assert again.confusion.tolist() == result["confusion"]
+
+
+def test_without_the_best_epoch_the_result_is_the_last_one_and_a_note_says_so(manifest, tmp_path):
+    experiment = small(
+        epochs=3, validation=30, schedule="multistep", milestones=(1,), gamma=400.0, batch_size=10
+    )
+    _, events = run(experiment, manifest, tmp_path)
+    best = events[-1]["epoch"]
+    assert best < 3, "for this test the last epoch must not be the best one"
+    (tmp_path / f"epoch-{best:04d}" / "model.safetensors").write_bytes(b"")
+    weights, again = run(experiment, manifest, tmp_path)
+    (note,) = [e["text"] for e in again if e["kind"] == "note"]
+    assert note.endswith("the result is that of epoch 3 instead")
+    assert again[-1]["epoch"] == 3
+    last = load_file(tmp_path / "epoch-0003" / "model.safetensors")
+    assert all(torch.equal(weights[name], last[name]) for name in last)
 
 
 def test_the_moving_average_is_evaluated_and_kept(manifest, tmp_path):
