@@ -117,13 +117,20 @@ class TrainContext:
         """What this rank has been asked for since the last time; it never waits."""
         return self._asked()
 
-    def beat(self, doing: str, step: int | None = None, usual: float | None = None) -> None:
+    def beat(
+        self,
+        doing: str,
+        step: int | None = None,
+        usual: float | None = None,
+        stall: float = 0.0,
+    ) -> None:
         """Say that this rank is alive, so that one that hangs is noticed.
 
         Args:
             doing: what comes next, in a word or two.
             step: optimizer step of the training, from 0; None: still the one before.
             usual: seconds that this takes, as far as it is known.
+            stall: seconds more that it may now and then take by right.
         """
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -212,8 +219,14 @@ class WatchedContext(TrainContext):
             self._has_said_so = True
             self.event("note", text=f"the training hangs: {idleness(beat)}")
 
-    def beat(self, doing: str, step: int | None = None, usual: float | None = None) -> None:
-        self._watchdog.begin(doing, step, usual)
+    def beat(
+        self,
+        doing: str,
+        step: int | None = None,
+        usual: float | None = None,
+        stall: float = 0.0,
+    ) -> None:
+        self._watchdog.begin(doing, step, usual, stall)
 
     def __enter__(self) -> WatchedContext:
         return self
@@ -282,8 +295,14 @@ class RayTrainContext(ProcessGroupContext):
         self._next_wish = self._board.wished.remote(number)
         return Wish(wish)
 
-    def beat(self, doing: str, step: int | None = None, usual: float | None = None) -> None:
-        self._watchdog.begin(doing, step, usual)
+    def beat(
+        self,
+        doing: str,
+        step: int | None = None,
+        usual: float | None = None,
+        stall: float = 0.0,
+    ) -> None:
+        self._watchdog.begin(doing, step, usual, stall)
 
     def report(self, metrics: dict[str, float]) -> None:
         self._ray_report(metrics)

@@ -5,10 +5,12 @@ The controller is a process of its own, which polls the workers and replaces a g
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 from pipeline.board import SAVES, Event, Worker
+from pipeline.config import PipelineError
 from pipeline.context import Wish
 from pipeline.failures import Kind, describe_failure, first_line, kind_of
 
@@ -28,8 +30,20 @@ def group_observer(board: Any) -> Any:
 
     Ray has these hooks for developers only, not for the public ``UserCallback``, which does not
     learn of a resize, of a preemption, or of who the workers are.
+
+    Raises:
+        PipelineError: when this version of Ray lacks them.
     """
-    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    try:
+        from ray.train.v2._internal.execution.callback import (
+            ControllerCallback,
+            WorkerGroupCallback,
+        )
+    except ImportError as error:
+        raise PipelineError(
+            f"this version of Ray cannot be observed ({error}); "
+            "install the one that requirements.lock names"
+        ) from None
 
     class RayGroupObserver(GroupObserver, ControllerCallback, WorkerGroupCallback):
         """With Ray's own hooks where the observer has none."""
@@ -177,8 +191,11 @@ class GroupObserver:
         """Ray counts them every 20 s, and would start the next group on one that is lost."""
         import ray
 
-        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(coordinator._tick.remote(), timeout=_SAVE_SECONDS)
+        name = "AutoscalingCoordinator"
+        # It only saves time: an error here would end the training, where Ray just takes longer.
+        with contextlib.suppress(ValueError, AttributeError, ray.exceptions.RayError):
+            coordinator = ray.get_actor(name, namespace=name)
+            ray.get(coordinator._tick.remote(), timeout=_SAVE_SECONDS)
 
     def _post_note(self, text: str) -> None:
         self._post({"kind": "note", "time": time.time(), "text": text})

@@ -15,7 +15,7 @@ from data_prep import DataError
 from pipeline import inputs
 from pipeline.board import Event, News
 from pipeline.checkpoint import run_checkpoints
-from pipeline.config import Experiment, PipelineError
+from pipeline.config import Experiment, PipelineError, Tracking
 from pipeline.context import RayTrainContext, WatchedContext, Wish
 from pipeline.failures import (
     TrainingError,
@@ -107,6 +107,15 @@ def on_cluster(experiment: Experiment) -> bool:
     return experiment.scaling.launcher == "ray" and bool(os.environ.get("RAY_ADDRESS"))
 
 
+def for_workers(experiment: Experiment) -> Experiment:
+    """The experiment as other processes get it: with absolute folders, without tracking.
+
+    Only the driver tracks, and its address may hold a password, which Ray may spill to a disk.
+    """
+    experiment = inputs.with_absolute_folders(experiment)
+    return experiment.model_copy(update={"tracking": Tracking()})
+
+
 def prepare_on_nodes(
     experiment: Experiment, dataset: Dataset, progress: Callable[[str, int, int], None]
 ) -> Manifest:
@@ -116,7 +125,7 @@ def prepare_on_nodes(
         DataError: when a machine cannot, or has other images than the others.
         TrainingError: when a machine is lost meanwhile.
     """
-    experiment = inputs.with_absolute_folders(experiment)
+    experiment = for_workers(experiment)
     with ray_session() as ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -214,7 +223,7 @@ def train_on_ray(
         KeyboardInterrupt: when it was stopped; its state is saved.
     """
     planned = planned_workers(experiment)
-    experiment = inputs.with_absolute_folders(experiment)
+    experiment = for_workers(experiment)
     with ray_session(planned.least * planned.reserved_cores) as ray:
         group = plan(experiment.scaling, cluster(ray))
         board = event_board(ray)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 #: Seconds between two progress events, each of which waits for the device once.
 PROGRESS_INTERVAL = 0.5
 
+#: Seconds for which storage behind a network may stall without anything being lost.
+STALL = 90.0
+
 #: Of smaller files nobody asks how they are cached.
 _NOTED_BYTES = 1 << 30
 
@@ -188,7 +191,7 @@ class _Training:
         with self.loader.epoch(progress.epoch, progress.done) as batches:
             for done in range(progress.done + 1, steps + 1):
                 step = first + done - 1
-                context.beat("reading images", step, checks.usual)
+                context.beat("reading images", step, checks.usual, STALL)
                 with record_function("data"):
                     images, labels = next(batches)
                 context.beat("computing", step, checks.usual)
@@ -245,6 +248,7 @@ class _Training:
 
     def evaluate_epoch(self) -> dict[str, float]:
         """Evaluate the weights that would be kept, on the images that epochs are judged by."""
+        self.context.beat("evaluating")
         self.statistics.average(self.context)
         started = time.perf_counter()
         evaluation = self._evaluate(self.watched, self.watched_loader, fast=True)

@@ -70,7 +70,8 @@ class StopRequest:
             self._timer = threading.Timer(GRACE, self._insist)
             self._timer.daemon = True
             self._timer.start()
-            self._told()
+            # Not here, where the main thread may be in the middle of writing a line.
+            threading.Thread(target=self._told, daemon=True).start()
         elif self._overdue or number == signal.SIGINT:
             self.finish()
 

@@ -31,9 +31,9 @@ _SLACK = 30.0
 _TIMES = 20.0
 
 
-def limit(usual: float | None, longest: float) -> float:
-    """Seconds after which something that usually takes ``usual`` seconds hangs."""
-    return longest if usual is None else min(longest, _SLACK + _TIMES * usual)
+def limit(usual: float | None, longest: float, stall: float = 0.0) -> float:
+    """Seconds after which what usually takes ``usual`` seconds, and may stall, hangs."""
+    return longest if usual is None else min(longest, _SLACK + _TIMES * usual + stall)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class _Doing:
     what: str
     step: int
     usual: float | None
+    stall: float
     count: int
     since: float
 
@@ -59,19 +60,19 @@ class Watchdog:
     def __init__(self, rank: int, longest: float, tell: Callable[[Beat], None]) -> None:
         self._rank, self._longest, self._tell = rank, longest, tell
         self._training_thread = threading.get_ident()
-        self._doing = _Doing("starting", 0, None, 0, time.monotonic())
+        self._doing = _Doing("starting", 0, None, 0.0, 0, time.monotonic())
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def begin(self, what: str, step: int | None, usual: float | None) -> None:
+    def begin(self, what: str, step: int | None, usual: float | None, stall: float = 0.0) -> None:
         """Note what the training begins now; see ``TrainContext.beat``."""
         before = self._doing
         if step is None or step == before.step:
             step, count = before.step, before.count + 1
         else:
             count = 0
-        self._doing = _Doing(what, step, usual, count, time.monotonic())
+        self._doing = _Doing(what, step, usual, stall, count, time.monotonic())
 
     def close(self) -> None:
         """Say no more."""
@@ -89,7 +90,7 @@ class Watchdog:
 
     def _beat(self, doing: _Doing, woken: float) -> Beat:
         seconds = time.monotonic() - max(doing.since, woken)
-        most = limit(doing.usual, self._longest)
+        most = limit(doing.usual, self._longest, doing.stall)
         waiting, stacks = self._stacks() if seconds > most else (False, "")
         return Beat(
             rank=self._rank,
@@ -147,7 +148,7 @@ def find_hang(workers: Sequence[Worker], beats: Sequence[tuple[Beat, float]]) ->
         for beat, age in beats
         if beat.rank in by_rank and beat.pid == by_rank[beat.rank].pid
     }
-    late = {rank for rank, (beat, age) in last.items() if beat.seconds + age > beat.limit}
+    late = {rank for rank, (beat, age) in last.items() if beat.seconds + age > _patience(beat, age)}
     if not late:
         return None
     silent = {rank for rank in by_rank if rank not in last or last[rank][1] > SILENCE}
@@ -165,6 +166,11 @@ def find_hang(workers: Sequence[Worker], beats: Sequence[tuple[Beat, float]]) ->
         for rank, (beat, _) in sorted(last.items())
     )
     return Hang(found, _line(found, last), trace)
+
+
+def _patience(beat: Beat, age: float) -> float:
+    """Seconds that it may take; one that is silent is not stalled, for then it would say so."""
+    return limit(beat.usual, beat.limit) if age > SILENCE else beat.limit
 
 
 def _behind(beats: Sequence[Beat]) -> set[int]:

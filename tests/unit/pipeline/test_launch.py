@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from pipeline.config import PipelineError
 from pipeline.experiments import load_experiment
-from pipeline.launch import check_scaling, planned_workers
+from pipeline.launch import check_scaling, for_workers, planned_workers
 
 
 def test_the_address_of_a_ray_client_is_refused_with_the_right_kind(monkeypatch):
@@ -19,3 +21,12 @@ def test_training_in_this_process_asks_for_no_cluster(monkeypatch):
     experiment = load_experiment("digits_lenet5", words)
     check_scaling(experiment)
     assert planned_workers(experiment).most == 1
+
+
+def test_workers_do_not_get_the_password_of_the_tracking_server_and_train_the_same():
+    words = ["tracking.uri=http://user:verysecret@tracker:5000"]
+    experiment = load_experiment("digits_lenet5", words)
+    sent = for_workers(experiment)
+    assert b"verysecret" in pickle.dumps(experiment)
+    assert b"verysecret" not in pickle.dumps(sent)
+    assert sent.identity("data") == experiment.identity("data")

@@ -37,6 +37,7 @@ def culprits(rows: list[tuple[Beat, float]]) -> list[int]:
 )
 def test_a_step_may_take_thirty_seconds_and_twenty_times_as_long_as_usual(usual, longest, expected):
     assert limit(usual, longest) == pytest.approx(expected)
+    assert limit(usual, 1e6, stall=90.0) == limit(usual, 1e6) + (0 if usual is None else 90)
 
 
 def test_workers_in_time_do_not_hang():
@@ -71,6 +72,13 @@ def test_a_silent_worker_is_given_the_time_that_what_it_does_may_take():
 def test_a_worker_that_froze_before_it_could_say_at_which_step_is_not_given_that_time():
     starting = {"seconds": 1.0, "age": 40.0, "limit": 300.0, "usual": None, "step": 0}
     assert culprits(beats({"seconds": 40.0}, starting, {"seconds": 40.0})) == [1]
+
+
+def test_storage_may_stall_but_a_worker_that_does_not_say_so_is_frozen():
+    late, reading = {"seconds": 40.0}, {"doing": "reading images", "count": 0, "limit": 126.0}
+    assert culprits(beats(late, {**reading, "seconds": 40.0}, late)) == []
+    assert culprits(beats(late, {**reading, "seconds": 127.0}, late)) == [1]
+    assert culprits(beats(late, {**reading, "seconds": 1.0, "age": 40.0}, late)) == [1]
 
 
 def test_one_that_is_behind_and_within_its_limit_is_waited_for():
