@@ -205,13 +205,14 @@ def test_a_run_that_cannot_save_ends_all_the_same(command_line, second, code, se
 def test_a_run_is_resumed_by_another_number_of_workers_with_the_same_batches(
     command_line, tmp_path, prepared
 ):
-    """Without batch norm only the order of the sums differs, and so the last digits of weights."""
-    name = "digits_lenet5"
-    settings = ("--experiment", name, *UNTRACKED, "train.lr=0.01")
+    """Without batch norm, which sees shares of batches, the weights are nearly the same."""
+    name = "digits_vgg11"
+    network = "backbone=vgg11(batch_norm=false, init=xavier)"
+    settings = ("--experiment", name, *LARGE_SETTINGS, network, "train.lr=0.01")
     whole = CommandLine(tmp_path / "whole", prepared)
     whole.run(*settings, "scaling.workers=1")
-    run = command_line.watch(*settings, "scaling.workers=1", OFTEN)
-    command_line.wait_for_checkpoint(run, name, "epoch-0000-step-000060")
+    run = command_line.watch(*settings, "scaling.workers=1")
+    command_line.wait_for_checkpoint(run, name, "epoch-0000-step-000004")
     run.process.terminate()
     run.end(143)
     resumed = command_line.run(*settings, "scaling.workers=2", "--resume")
@@ -219,7 +220,7 @@ def test_a_run_is_resumed_by_another_number_of_workers_with_the_same_batches(
     assert "the number of workers changed from 1 to 2" in resumed
     weights, expected = command_line.weights(name, 2), whole.weights(name, 2)
     for key, tensor in expected.items():
-        difference = (weights[key] - tensor).double().norm() / tensor.double().norm()
+        difference = (weights[key] - tensor).norm() / tensor.norm()
         assert difference < 1e-3, key
 
 
