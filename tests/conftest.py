@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from tests.command_line import CommandLine
 
 
 def pytest_configure() -> None:
-    """One thread, here and in subprocesses: on busy cores threads wait longer than they work."""
+    """What holds here and in all subprocesses."""
+    # On busy cores threads wait longer than they work.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A shell starts what runs in its background without ears for Ctrl-C.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 #: Of the integration tests these start no clusters, or hardly any, and take minutes.

@@ -179,8 +179,8 @@ def has_no_end_of_steps(folder: Path, outside: Path) -> None:
 
 #: Of the files, and what the user reads of each.
 HOSTILE = {
-    names_a_file_elsewhere: "/secret', which is none of its files",
-    names_an_absolute_path: "/secret', which is none of its files",
+    names_a_file_elsewhere: "which is none of its files",
+    names_an_absolute_path: "which is none of its files",
     has_a_link: "model.safetensors is no plain file",
     has_a_pipe: "state.json is no plain file",
     has_a_pipe_for_a_manifest: "manifest.json is no plain file",

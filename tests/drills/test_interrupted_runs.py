@@ -53,14 +53,6 @@ def undisturbed(tmp_path_factory, prepared):
     return weights
 
 
-@pytest.fixture(autouse=True)
-def heard_interrupts():
-    """Tests that run in the background ignore SIGINT, which the runs would inherit."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def saving(command_line: CommandLine, name: str) -> Callable[[], bool]:
     """Whether a checkpoint of the run is being written at this moment."""
     runs = command_line.folder / "runs" / name

@@ -154,5 +154,6 @@ def test_a_finished_run_is_not_resumed_and_its_data_is_reused(finished):
     refused = finished.start("--experiment", NAME, f"train.epochs={EPOCHS}", "--resume")
     message, _ = refused.communicate(timeout=60)
     assert refused.returncode == 2
-    assert "already prepared and valid" in message
+    assert "prepare" not in message, "it is known before"
     assert "no unfinished run" in message
+    assert "ready in" in finished.run("--experiment", NAME, f"train.epochs={EPOCHS}", "--dry-run")
