@@ -156,6 +156,7 @@ class CheckpointStore:
         warn: Callable[[str], None],
         state: TrainingState | None = None,
         row: Mapping[str, Tensor] | None = None,
+        misfit: Callable[[Progress], str] = lambda progress: "",
     ) -> Position | None:
         """The newest valid checkpoint, None without one.
 
@@ -163,6 +164,7 @@ class CheckpointStore:
             warn: called with a line for each newer checkpoint that had to be skipped.
             state: whose tensors have to fit; None: only the files are looked at.
             row: of each rank, as of ``load``.
+            misfit: why the training never comes to where a checkpoint says it was, or nothing.
 
         Raises:
             CheckpointError: the storage cannot be read.
@@ -172,6 +174,9 @@ class CheckpointStore:
                 checkpoint = self._open(position)
                 if state is not None:
                     _read(checkpoint, state, row or {})
+                problem = misfit(_progress(checkpoint))
+                if problem:
+                    raise DamagedError(problem)
             except DamagedError as error:
                 warn(f"checkpoint {position.name} is skipped: {error}")
             else:
@@ -200,10 +205,9 @@ class CheckpointStore:
         """
         with self._named(position):
             checkpoint = self._open(position)
-            record = checkpoint.record
             tensors, rank_state = _read(checkpoint, state, row)
-            restore(state, tensors, record.counters, record.scaler)
-        return Progress(record.epoch, record.step, record.history, record.done), rank_state
+            restore(state, tensors, checkpoint.record.counters, checkpoint.record.scaler)
+        return _progress(checkpoint), rank_state
 
     def load_model(self, epoch: int, model: nn.Module) -> None:
         """Restore the network alone from the checkpoint after ``epoch`` epochs.
@@ -316,3 +320,8 @@ def _patiently(action: Callable[[], _T]) -> _T:
                 raise
         time.sleep(pause)
     return action()
+
+
+def _progress(checkpoint: CheckpointFiles) -> Progress:
+    record = checkpoint.record
+    return Progress(record.epoch, record.step, record.history, record.done)

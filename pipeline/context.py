@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,8 @@ def hardware(gpus: Iterable[str | None], machines: int = 1) -> str:
 class TrainContext:
     """One process on one device: the local form, and the base of the others.
 
+    Usable as a context manager, within which those that have a watchdog are watched.
+
     Args:
         tell: receives the events of the training, for the display and the tracker.
         device: to train on; by default the first GPU, or the CPU without one.
@@ -75,8 +77,16 @@ class TrainContext:
     ) -> None:
         self._tell = tell
         self._asked = asked
+        self._watchdog: Watchdog | None = None
         first = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.device = device or first
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
 
     def event(self, kind: str, **content: Any) -> None:
         """Tell the driver something; only rank 0 speaks."""
@@ -132,6 +142,8 @@ class TrainContext:
             usual: seconds that this takes, as far as it is known.
             stall: seconds more that it may now and then take by right.
         """
+        if self._watchdog is not None:
+            self._watchdog.begin(doing, step, usual, stall)
 
     def report(self, metrics: dict[str, float]) -> None:
         """Report the metrics of an epoch; every rank calls it."""
@@ -201,8 +213,6 @@ class ProcessGroupContext(TrainContext):
 class WatchedContext(TrainContext):
     """The local form, for a user who sits before it: one note says so when the training hangs.
 
-    Usable as a context manager, within which it is watched.
-
     Args:
         tell: receives the events of the training.
         stop: what the training is asked for meanwhile.
@@ -219,26 +229,9 @@ class WatchedContext(TrainContext):
             self._has_said_so = True
             self.event("note", text=f"the training hangs: {idleness(beat)}")
 
-    def beat(
-        self,
-        doing: str,
-        step: int | None = None,
-        usual: float | None = None,
-        stall: float = 0.0,
-    ) -> None:
-        self._watchdog.begin(doing, step, usual, stall)
-
-    def __enter__(self) -> WatchedContext:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._watchdog.close()
-
 
 class RayTrainContext(ProcessGroupContext):
     """A worker of a Ray Train group, which is a rank of its process group.
-
-    Usable as a context manager, within which it is watched.
 
     Args:
         board: actor that carries events to the driver, and its wishes here.
@@ -257,12 +250,6 @@ class RayTrainContext(ProcessGroupContext):
         self._ray_report = ray.train.report
         self._next_wish: ObjectRef | None = self._board.wished.remote(0) if self.rank == 0 else None
         self._watchdog = Watchdog(self.rank, longest, self._board.beat.remote)
-
-    def __enter__(self) -> RayTrainContext:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._watchdog.close()
 
     def _post(self, event: Event) -> None:
         self._last_post = self._board.post.remote(event)
@@ -294,15 +281,6 @@ class RayTrainContext(ProcessGroupContext):
         number, wish = ray.get(self._next_wish)
         self._next_wish = self._board.wished.remote(number)
         return Wish(wish)
-
-    def beat(
-        self,
-        doing: str,
-        step: int | None = None,
-        usual: float | None = None,
-        stall: float = 0.0,
-    ) -> None:
-        self._watchdog.begin(doing, step, usual, stall)
 
     def report(self, metrics: dict[str, float]) -> None:
         self._ray_report(metrics)

@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.checkpoint import (
-    CheckpointError,
-    CheckpointStore,
-    Position,
-    UnusableCheckpointError,
-)
+from pipeline.checkpoint import CheckpointError, CheckpointStore, Position
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.context import Wish
 from pipeline.training_state import Progress, TrainingState
@@ -73,17 +68,13 @@ class Saving:
         newest = None
         if context.rank == 0:
             newest = self._store.newest(
-                lambda line: context.event("note", text=line), self._state, rows
+                lambda line: context.event("note", text=line), self._state, rows, self._misfit
             )
         newest = newest or Position(0)
         position = Position(context.agree(newest.epoch), context.agree(newest.done))
         if position == Position(0):
             return Progress(0, 0, []), None
         progress, by_rank = self._store.load(position, self._state, rows)
-        misfit = self._misfit(progress)
-        if misfit:
-            name = f"{self._store.storage.place}/{position.name}"
-            raise UnusableCheckpointError(f"checkpoint {name} cannot be used: {misfit}")
         counted = None
         if by_rank:
             counted = self._restore_ranks(by_rank["statistics"], by_rank["counted"])

@@ -97,7 +97,7 @@ def test_an_elastic_training_goes_on_with_the_machines_that_there_are(tmp_path):
     events = answer_of(PROGRAM, str(tmp_path), *settings, seconds=500)
     by_kind = {
         kind: [event for event in events if event["kind"] == kind]
-        for kind in ("workers", "epoch", "restart", "resumed", "checkpoint", "evaluation")
+        for kind in ("workers", "epoch", "restart", "resumed", "checkpoint", "stopped")
     }
     assert [event["workers"] for event in by_kind["workers"]] == [2, 1, 2]
     assert [event["machines"] for event in by_kind["workers"]] == [2, 1, 2]
@@ -111,12 +111,9 @@ def test_an_elastic_training_goes_on_with_the_machines_that_there_are(tmp_path):
     before_the_loss = [place for place, event in zip(saved, by_kind["checkpoint"], strict=True)
                        if event["time"] < restart["time"]]  # fmt: skip
     assert shrunk["epoch"] * steps + shrunk["done"] >= before_the_loss[-1]
-    # Growing loses nothing: it goes on from a checkpoint that was made for it.
-    before_growing = [event for event in by_kind["checkpoint"] if event["time"] < grown["time"]]
-    assert (grown["epoch"], grown["done"]) == (
-        before_growing[-1]["epoch"],
-        before_growing[-1]["done"],
-    )
+    # Growing loses nothing: the new workers go on at the step at which the old ones have stopped.
+    (stopped,) = by_kind["stopped"]
+    assert (grown["epoch"], grown["done"]) == (stopped["epoch"], stopped["done"])
     assert (tmp_path / "checkpoints" / f"epoch-{epochs:04d}" / "manifest.json").exists()
 
 

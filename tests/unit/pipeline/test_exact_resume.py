@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import data_prep
 from pipeline import inputs, meter
-from pipeline.checkpoint import CheckpointError, CheckpointStore
+from pipeline.checkpoint import CheckpointStore
 from pipeline.config import Checkpointing, Experiment, Recipe
 from pipeline.context import ProcessGroupContext, TrainContext, Wish
 from pipeline.loop import train
@@ -322,7 +322,7 @@ def test_another_number_of_processes_goes_on_with_the_same_images_in_the_same_or
         ("epoch-0001", {"step": 5, "epoch": 1, "done": 0, "history": [{}]}, "there is no evaluate"),
     ],
 )
-def test_a_position_at_which_a_training_never_is_ends_it_in_a_line(
+def test_a_position_at_which_a_training_never_is_is_skipped_by_name(
     prepared, tmp_path, name, change, problem
 ):
     """Made up, with the right identity and checksums."""
@@ -331,7 +331,8 @@ def test_a_position_at_which_a_training_never_is_ends_it_in_a_line(
     folder = (tmp_path / "epoch-0000-step-000003").rename(tmp_path / name)
     record = json.loads((folder / "state.json").read_text())
     forge(folder, "state.json", json.dumps(record | change).encode())
-    with pytest.raises(CheckpointError) as raised:
-        go(experiment, manifest, tmp_path)
-    assert str(raised.value).startswith(f"checkpoint {folder} cannot be used: ")
-    assert problem in str(raised.value)
+    events = go(experiment, manifest, tmp_path, stop=1)
+    (note,) = [event["text"] for event in events if event["kind"] == "note"]
+    assert note.startswith(f"checkpoint {name} is skipped: ")
+    assert problem in note
+    assert not [event for event in events if event["kind"] == "resumed"]
