@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.board import Worker
-from pipeline.watchdog import Watchdog, idleness
+from pipeline.workers.board import Worker
+from pipeline.workers.watchdog import Watchdog, idleness
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
-    from pipeline.board import Beat, Event
     from pipeline.stopping import StopRequest
+    from pipeline.workers.board import Beat, Event
 
 #: Seconds that the last event of a worker may take to the driver's board.
 _FLUSH_SECONDS = 30
@@ -288,7 +288,7 @@ class RayTrainContext(ProcessGroupContext):
 
 def _description(places: list[tuple[str, str | None]]) -> dict[str, Any]:
     """Of workers that are each on a machine and a GPU, or None."""
-    from pipeline.placement import hardware
+    from pipeline.workers.placement import hardware
 
     machines = len({machine for machine, _ in places})
     words = hardware([gpu for _, gpu in places], machines)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from data_prep import DataError
 from models.calls import ModelError
-from pipeline.board import Event, Worker
 from pipeline.config import PipelineError
+from pipeline.workers.board import Event, Worker
 
 
 class TrainingError(PipelineError):

@@ -13,8 +13,7 @@ import torch
 
 from data_prep import DataError
 from pipeline import inputs
-from pipeline.board import Event, News
-from pipeline.checkpoint import run_checkpoints
+from pipeline.checkpoints.store import run_checkpoints
 from pipeline.config import Experiment, PipelineError, Tracking
 from pipeline.context import RayTrainContext, WatchedContext, Wish
 from pipeline.failures import (
@@ -25,13 +24,14 @@ from pipeline.failures import (
     ray_failure,
     training_error,
 )
-from pipeline.group_observer import group_observer
 from pipeline.loop import train
-from pipeline.placement import WorkerGroup, check_address, check_shares, plan, this_machine
-from pipeline.session import cluster, event_board, kill, ray_session
 from pipeline.stopping import STOPPING, StopRequest
-from pipeline.supervisor import Supervisor
 from pipeline.weights import NO_SOURCES, Sources
+from pipeline.workers.board import Event, News
+from pipeline.workers.group_observer import group_observer
+from pipeline.workers.placement import WorkerGroup, check_address, check_shares, plan, this_machine
+from pipeline.workers.session import cluster, event_board, kill, ray_session
+from pipeline.workers.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from data_prep import Dataset, Manifest

@@ -16,13 +16,13 @@ import data_prep
 import models
 from pipeline import inputs as data
 from pipeline.averaging import MovingAverage, Statistics
-from pipeline.checkpoint import CheckpointStore, UnusableCheckpointError, kept_epoch
+from pipeline.checkpoints.saving import Saving
+from pipeline.checkpoints.state import Progress, TrainingState
+from pipeline.checkpoints.store import CheckpointStore, UnusableCheckpointError, kept_epoch
 from pipeline.context import Wish
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.meter import Checks, Meter, not_finite
 from pipeline.optim import build_optimizer, learning_rate, plateau_factor
-from pipeline.saving import Saving
-from pipeline.training_state import Progress, TrainingState
 from pipeline.training_step import TrainingStep, autocast, low_precision
 
 if TYPE_CHECKING:

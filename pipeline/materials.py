@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import data_prep
 from data_prep.datasets import Normalization
 from pipeline import inputs, launch, runfolder, weight_sources
-from pipeline.checkpoint import run_identity
+from pipeline.checkpoints.storage import check_storage
+from pipeline.checkpoints.store import run_identity
 from pipeline.config import Experiment, PipelineError, Recipe
 from pipeline.display import Display, duration
 from pipeline.experiments import check_parts
 from pipeline.loop import build_model
 from pipeline.optim import peak_rate
-from pipeline.storage import check_storage
 from pipeline.weights import Sources, Weights, build_teacher, load_into
 
 if TYPE_CHECKING:

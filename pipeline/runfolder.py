@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.locks import wait_for_disk
+from pipeline.checkpoints.storage import storage_of
 from pipeline.config import Experiment, PipelineError
 from pipeline.errors import Interrupted
 from pipeline.failures import TrainingError
 from pipeline.runlist import ListedRun, UnclearRunError, differences, setting_differences, state
 from pipeline.sections import without_credentials
 from pipeline.settings import build_experiment
-from pipeline.storage import storage_of
 
 _RECORD, _LOCK = "run.json", "lock"
 _KEYS = {"identity", "status", "experiment", "mlflow_run"}

@@ -98,8 +98,8 @@ def state(folder: Path, trained: Experiment, record: Mapping[str, Any], holder: 
 
 def _newest_position(folder: Path, trained: Experiment) -> str:
     """Where the newest checkpoint of a run is, in words."""
-    from pipeline.checkpoint import Position
-    from pipeline.storage import storage_of
+    from pipeline.checkpoints.storage import storage_of
+    from pipeline.checkpoints.store import Position
 
     names = storage_of(trained, folder).names()
     positions = [position for name in names if (position := Position.parse(name)) is not None]

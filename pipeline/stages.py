@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 from pipeline import figures, inputs, launch, report
-from pipeline.checkpoint import run_checkpoints
+from pipeline.checkpoints.store import run_checkpoints
 from pipeline.config import Experiment, PipelineError, flatten
 from pipeline.display import Display, TrainingDisplay, duration
 from pipeline.evaluate import Evaluation
@@ -24,10 +24,10 @@ from pipeline.materials import Materials, gather, rate_note
 if TYPE_CHECKING:
     from data_prep import Manifest
     from models.profiler import Profile
-    from pipeline.board import Event
     from pipeline.registry import RegisteredModel
     from pipeline.runfolder import RunFolder
     from pipeline.tracking import Tracker
+    from pipeline.workers.board import Event
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_prep.locks import wait_for_disk
-from pipeline.checkpoint import CheckpointStore, kept_epoch
+from pipeline.checkpoints.storage import storage_of
+from pipeline.checkpoints.store import CheckpointStore, kept_epoch
 from pipeline.config import Experiment, PipelineError, nearest
 from pipeline.experiments import catalog
 from pipeline.settings import build_experiment, load_yaml
-from pipeline.storage import storage_of
 from pipeline.weights import Weights, classification_weights
 
 if TYPE_CHECKING:

@@ -29,13 +29,13 @@ from rich.table import Table
 from torch.nn import functional
 
 from models import create_model
-from pipeline.checkpoint import CheckpointStore
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.writer import CheckpointWriter
 from pipeline.config import Checkpointing, Recipe
 from pipeline.loop import channels_last
 from pipeline.optim import build_optimizer
-from pipeline.storage import LocalStorage
-from pipeline.training_state import Progress, Snapshot, TrainingState
 
 IMAGE = 64
 BATCH = 16

@@ -17,11 +17,11 @@ import torch
 
 import data_prep
 import models
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import Data, Experiment, Recipe
 from pipeline.context import TrainContext
 from pipeline.loop import train
-from pipeline.storage import LocalStorage
 
 FOLDER = Path(__file__).parent
 RECIPE = Recipe(epochs=10, batch_size=32, lr=0.05, warmup_epochs=2, shift=1)

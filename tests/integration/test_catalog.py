@@ -15,7 +15,7 @@ import torch
 
 from data_prep import Manifest, get_dataset
 from models.calls import parse_call
-from pipeline.checkpoint import run_checkpoints
+from pipeline.checkpoints.store import run_checkpoints
 from pipeline.cli import smoke
 from pipeline.config import Experiment, Recipe
 from pipeline.context import TrainContext

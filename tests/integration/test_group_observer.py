@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.group_observer import GroupObserver
-from pipeline.session import ray_session
+from pipeline.workers.group_observer import GroupObserver
+from pipeline.workers.session import ray_session
 
 
 @pytest.mark.slow

@@ -44,8 +44,8 @@ LIBRARIES = {
 HOMES = {
     "ray": (
         # The session, what runs in its controller, and the run as a whole; a worker's view of it.
-        *("pipeline/session.py", "pipeline/group_observer.py", "pipeline/launch.py"),
-        *("pipeline/context.py", "tune/*", "infra/*"),
+        *("pipeline/workers/session.py", "pipeline/workers/group_observer.py"),
+        *("pipeline/launch.py", "pipeline/context.py", "tune/*", "infra/*"),
     ),
     "mlflow": ("pipeline/stores.py", "pipeline/tracking.py", "pipeline/registry.py"),
     "ffcv": ("data_prep/reading/ffcv_reader.py",),

@@ -22,11 +22,11 @@ from docs.write_results import (
     published_table,
     training_table,
 )
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.experiments import catalog, load_experiment
 from pipeline.settings import override
-from pipeline.storage import LocalStorage
-from pipeline.training_state import Progress, Snapshot, TrainingState
 
 REPOSITORY = Path(__file__).parents[3]
 NAME = "cifar10_resnet20_ternary"

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import Recipe
 from pipeline.optim import build_optimizer
-from pipeline.storage import LocalStorage
-from pipeline.training_state import Progress, Snapshot, TrainingState
 
 #: What each of two ranks has of its own within an epoch.
 ROWS = {"statistics": torch.randn(2, 5), "counted": torch.randn(2, 4, dtype=torch.float64)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from pipeline.board import SAVES, Beat, EventBoard
+from pipeline.workers.board import SAVES, Beat, EventBoard
 
 BEAT = Beat(1, 7, "computing", 3, 9, 0.5, 0.1, 32.0)
 

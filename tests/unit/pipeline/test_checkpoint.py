@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import CheckpointError, Position
-from pipeline.training_state import Progress, Snapshot
+from pipeline.checkpoints.state import Progress, Snapshot
+from pipeline.checkpoints.store import CheckpointError, Position
 from tests.unit.pipeline.small_training import (
     ROW,
     ROWS,
@@ -339,12 +339,12 @@ WRITER = textwrap.dedent(
     import itertools, pathlib, sys
     import torch
     from torch import nn
-    from pipeline.checkpoint import CheckpointStore
-    from pipeline.checkpoint_writer import CheckpointWriter
+    from pipeline.checkpoints.store import CheckpointStore
+    from pipeline.checkpoints.writer import CheckpointWriter
     from pipeline.config import Recipe
     from pipeline.optim import build_optimizer
-    from pipeline.storage import LocalStorage
-    from pipeline.training_state import Progress, TrainingState
+    from pipeline.checkpoints.storage import LocalStorage
+    from pipeline.checkpoints.state import Progress, TrainingState
     model = nn.Linear(600, 600)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainingState(model, build_optimizer(model, Recipe()), scaler)

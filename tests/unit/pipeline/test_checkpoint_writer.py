@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint as checkpoint_module
-from pipeline.checkpoint import CheckpointError, CheckpointStore, Position
-from pipeline.checkpoint_writer import CheckpointWriter
-from pipeline.storage import LocalStorage
-from pipeline.training_state import Progress
+from pipeline.checkpoints import store as checkpoint_module
+from pipeline.checkpoints.state import Progress
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Position
+from pipeline.checkpoints.writer import CheckpointWriter
 from tests.unit.pipeline.small_training import ROW, ROWS, make_step, names, small_training, store_in
 
 
@@ -143,11 +143,11 @@ def test_a_disk_that_hiccups_is_asked_again_without_holding_the_training_up(tmp_
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from pipeline.checkpoint import CheckpointStore
-from pipeline.checkpoint_writer import CheckpointWriter
-from pipeline.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.writer import CheckpointWriter
+from pipeline.checkpoints.storage import LocalStorage
 from tests.unit.pipeline.small_training import small_training
-from pipeline.training_state import Progress
+from pipeline.checkpoints.state import Progress
 
 class Hanging(LocalStorage):
     def write(self, name, files):

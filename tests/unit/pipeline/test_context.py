@@ -156,7 +156,7 @@ def test_two_or_three_processes_train_as_one_does_also_where_they_do_not_divide_
 
 
 def test_a_training_in_this_process_that_hangs_is_noted_once(monkeypatch):
-    monkeypatch.setattr("pipeline.watchdog.INTERVAL", 0.02)
+    monkeypatch.setattr("pipeline.workers.watchdog.INTERVAL", 0.02)
     told: list[dict] = []
     with WatchedContext(told.append, StopRequest(lambda: None), 0.1) as context:
         for step in range(3):

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 import data_prep
 from pipeline import inputs, meter
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import Checkpointing, Experiment, Recipe
 from pipeline.context import ProcessGroupContext, TrainContext, Wish
 from pipeline.loop import train
-from pipeline.storage import LocalStorage
 from tests.unit.pipeline.small_training import forge
 
 REPOSITORY = Path(__file__).parents[3]

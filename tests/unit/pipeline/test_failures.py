@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from data_prep import DataError
-from pipeline.board import Worker
 from pipeline.failures import (
     Kind,
     as_event,
@@ -20,6 +19,7 @@ from pipeline.failures import (
     kind_of,
     training_error,
 )
+from pipeline.workers.board import Worker
 
 WORKERS = {rank: Worker(rank, 100 + rank, "node", f"10.0.0.{rank}") for rank in range(3)}
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.checkpoint import CheckpointError, Position
-from pipeline.training_state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.store import CheckpointError, Position
 from tests.unit.pipeline.small_training import (
     ROW,
     ROWS,

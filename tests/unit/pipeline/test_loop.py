@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import data_prep
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import Experiment, Recipe
 from pipeline.context import TrainContext
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.failures import TrainingError
 from pipeline.launch import train_locally
 from pipeline.loop import build_model, train
-from pipeline.storage import LocalStorage
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config import PipelineError, Recipe, Scaling
 from pipeline.context import hardware
-from pipeline.placement import Cluster, Machine, check_shares, plan
+from pipeline.workers.placement import Cluster, Machine, check_shares, plan
 
 
 def cluster(*machines: Machine, grows: bool = False) -> Cluster:

@@ -15,13 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointStore, Position
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoints.remote_storage import RemoteStorage
+from pipeline.checkpoints.state import Progress, Snapshot
+from pipeline.checkpoints.storage import (
+    DamagedError,
+    LocalStorage,
+    Storage,
+    check_storage,
+    storage_of,
+)
+from pipeline.checkpoints.store import CheckpointStore, Position
+from pipeline.checkpoints.writer import CheckpointWriter
 from pipeline.config import Experiment, PipelineError
-from pipeline.remote_storage import RemoteStorage
 from pipeline.settings import build_experiment
-from pipeline.storage import DamagedError, LocalStorage, Storage, check_storage, storage_of
-from pipeline.training_state import Progress, Snapshot
 from tests.unit.pipeline.small_training import ROW, ROWS, make_step, small_training
 
 FILES = {"a.bin", "b.bin"}
@@ -212,7 +218,7 @@ def test_a_damaged_checkpoint_on_s3_is_named_and_the_one_before_it_wins(bucket, 
 UPLOADER = textwrap.dedent(
     """
     import itertools, sys
-    from pipeline.remote_storage import RemoteStorage
+    from pipeline.checkpoints.remote_storage import RemoteStorage
     storage = RemoteStorage("s3://bucket/runs/x")
     for number in itertools.count():
         content = [bytes([number]) * 200_000]
@@ -344,7 +350,7 @@ def test_credentials_that_the_server_refuses_are_a_line_without_them(monkeypatch
 @pytest.mark.slow
 def test_storage_that_never_answers_is_given_up(monkeypatch):
     """A server that takes the connection and says nothing."""
-    monkeypatch.setattr("pipeline.storage._PATIENCE", 0.5)
+    monkeypatch.setattr("pipeline.checkpoints.storage._PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

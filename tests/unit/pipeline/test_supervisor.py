@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import supervisor as supervisor_module
-from pipeline.board import Beat, Event, News, Worker
 from pipeline.failures import TrainingError
-from pipeline.supervisor import Supervisor
+from pipeline.workers import supervisor as supervisor_module
+from pipeline.workers.board import Beat, Event, News, Worker
+from pipeline.workers.supervisor import Supervisor
 
 WORKERS = [Worker(rank, 100 + rank, "node", "10.0.0.1") for rank in range(2)]
 

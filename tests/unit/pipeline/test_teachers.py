@@ -15,10 +15,10 @@ from torch import nn
 import data_prep
 import models
 from data_prep.datasets import NORMALIZATIONS
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import Experiment, PipelineError, Recipe, Tracking
-from pipeline.storage import LocalStorage
-from pipeline.training_state import Progress, Snapshot, TrainingState
 from pipeline.weight_sources import resolve
 from pipeline.weights import Weights, build_teacher
 from tests.unit.pipeline.stored import one_line

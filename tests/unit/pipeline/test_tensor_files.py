@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.tensor_files import described, read_header, read_tensors, serialized
+from pipeline.checkpoints.tensor_files import described, read_header, read_tensors, serialized
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint as checkpoint_module
-from pipeline.checkpoint import CheckpointError, CheckpointStore, Position
-from pipeline.storage import LocalStorage
+from pipeline.checkpoints import store as checkpoint_module
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Position
 from tests.unit.pipeline.small_training import ROW, save, saved, small_training
 
 

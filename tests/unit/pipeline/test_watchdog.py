@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.board import Beat, Worker
-from pipeline.watchdog import SILENCE, Watchdog, find_hang, idleness, kill_worker, limit
+from pipeline.workers.board import Beat, Worker
+from pipeline.workers.watchdog import SILENCE, Watchdog, find_hang, idleness, kill_worker, limit
 
 WORKERS = [Worker(rank, 100 + rank, f"node{rank}", f"10.0.0.{rank}") for rank in range(3)]
 IN_TIME = Beat(0, 100, "computing", step=57, count=115, seconds=1.0, usual=0.3, limit=36.0)
@@ -108,7 +108,7 @@ def test_the_line_names_worker_process_machine_step_and_usual_time():
 
 
 def test_the_watchdog_says_for_how_long_and_where_a_training_hangs(monkeypatch):
-    monkeypatch.setattr("pipeline.watchdog.INTERVAL", 0.05)
+    monkeypatch.setattr("pipeline.workers.watchdog.INTERVAL", 0.05)
     said: list[Beat] = []
     released = threading.Event()
 

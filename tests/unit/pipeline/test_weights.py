@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.storage import LocalStorage
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import Experiment, PipelineError, Recipe, Tracking
-from pipeline.storage import LocalStorage
-from pipeline.training_state import Progress, Snapshot, TrainingState
 from pipeline.weight_sources import kept, record, resolve
 from pipeline.weights import Weights, load_into
 from tests.unit.pipeline.stored import one_line

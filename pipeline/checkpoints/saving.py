@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.checkpoint import CheckpointError, CheckpointStore, Position
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoints.state import Progress, TrainingState
+from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Position
+from pipeline.checkpoints.writer import CheckpointWriter
 from pipeline.context import Wish
-from pipeline.training_state import Progress, TrainingState
 
 if TYPE_CHECKING:
     from pipeline.averaging import Statistics

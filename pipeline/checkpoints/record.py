@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.training_state import Snapshot
+from pipeline.checkpoints.state import Snapshot
 
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Number = Annotated[int | float, Field(ge=0, lt=1e38)]

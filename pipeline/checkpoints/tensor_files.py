@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.storage import DamagedError, one_line
+from pipeline.checkpoints.storage import DamagedError, one_line
 
 _DTYPES = {
     torch.float64: "F64",

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.board import SAVES, Beat, Event, News, Worker
 from pipeline.failures import TrainingError, keep_trace, training_error
-from pipeline.watchdog import Hang, find_hang
+from pipeline.workers.board import SAVES, Beat, Event, News, Worker
+from pipeline.workers.watchdog import Hang, find_hang
 
 #: Seconds between two looks at who hangs; two in a row have to see the same.
 _LOOK_INTERVAL = 2.0

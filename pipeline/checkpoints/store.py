@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
-from pipeline.checkpoint_files import FILES, CheckpointFiles, check_finite, written
-from pipeline.errors import PipelineError
-from pipeline.storage import DamagedError, Storage, one_line, storage_of
-from pipeline.training_state import (
+from pipeline.checkpoints.files import FILES, CheckpointFiles, check_finite, written
+from pipeline.checkpoints.state import (
     MisfitError,
     Progress,
     Snapshot,
@@ -25,6 +23,8 @@ from pipeline.training_state import (
     load_network,
     restore,
 )
+from pipeline.checkpoints.storage import DamagedError, Storage, one_line, storage_of
+from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from data_prep import Manifest

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.board import Beat, Worker
+from pipeline.workers.board import Beat, Worker
 
 #: Seconds between two words of a worker.
 INTERVAL = 2.0

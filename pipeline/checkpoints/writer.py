@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pipeline.checkpoint import CheckpointStore
-from pipeline.training_state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.state import Progress, Snapshot, TrainingState
+from pipeline.checkpoints.store import CheckpointStore
 
 
 class CheckpointWriter:

@@ -9,10 +9,10 @@ import contextlib
 import time
 from typing import Any
 
-from pipeline.board import SAVES, Event, Worker
 from pipeline.config import PipelineError
 from pipeline.context import Wish
 from pipeline.failures import Kind, describe_failure, first_line, kind_of
+from pipeline.workers.board import SAVES, Event, Worker
 
 #: Seconds until Ray has found out that a worker, or its machine, is gone. Before that it would
 #: only try to place the next group there.

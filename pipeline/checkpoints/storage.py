@@ -309,6 +309,6 @@ def _open(place: str) -> Storage:
         return LocalStorage(Path(place).expanduser().absolute())
     if protocol in ("file", "local"):
         return LocalStorage(Path(f"/{rest.lstrip('/')}"))
-    from pipeline.remote_storage import RemoteStorage
+    from pipeline.checkpoints.remote_storage import RemoteStorage
 
     return RemoteStorage(place)

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pipeline.storage import Content, DamagedError
-from pipeline.tensor_files import Description, described, read_header, read_tensors, serialized
-from pipeline.training_state import Snapshot
+from pipeline.checkpoints.state import Snapshot
+from pipeline.checkpoints.storage import Content, DamagedError
+from pipeline.checkpoints.tensor_files import (
+    Description,
+    described,
+    read_header,
+    read_tensors,
+    serialized,
+)
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint_record import Record
+    from pipeline.checkpoints.record import Record
 
 _STATE = "state.json"
 _PARTS = {part: f"{part}.safetensors" for part in ("model", "average", "optimizer", "ranks")}
@@ -35,7 +41,7 @@ def written(snapshot: Snapshot, identity: str) -> dict[str, Content]:
     Raises:
         ValueError: one line, when a number of the record is not finite, or not possible.
     """
-    from pipeline.checkpoint_record import write_record
+    from pipeline.checkpoints.record import write_record
 
     record = write_record(snapshot, identity)
     parts = {_PARTS[part]: serialized(tensors) for part, tensors in snapshot.tensors.items()}
@@ -79,7 +85,7 @@ class CheckpointFiles:
         state = self._path(_STATE)
         if state.stat().st_size > _STATE_BYTES:
             raise DamagedError(f"{_STATE} holds more than {_STATE_BYTES:,} bytes")
-        from pipeline.checkpoint_record import read_record
+        from pipeline.checkpoints.record import read_record
 
         try:
             self.record: Record = read_record(state.read_bytes())

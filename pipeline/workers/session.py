@@ -9,11 +9,11 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.board import EventBoard, Worker
 from pipeline.config import PipelineError
 from pipeline.failures import first_line
-from pipeline.placement import Cluster, Machine
-from pipeline.watchdog import kill_worker
+from pipeline.workers.board import EventBoard, Worker
+from pipeline.workers.placement import Cluster, Machine
+from pipeline.workers.watchdog import kill_worker
 
 #: Seconds between two looks at the workers. Ray's own default of 2 s is paid by every epoch,
 #: because a report waits for the next look.

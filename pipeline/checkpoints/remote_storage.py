@@ -11,9 +11,7 @@ from pathlib import Path
 
 import fsspec
 
-from pipeline.errors import PipelineError
-from pipeline.sections import without_credentials
-from pipeline.storage import (
+from pipeline.checkpoints.storage import (
     MANIFEST,
     MANIFEST_BYTES,
     PARTIAL,
@@ -26,6 +24,8 @@ from pipeline.storage import (
     read_manifest,
     write_manifest,
 )
+from pipeline.errors import PipelineError
+from pipeline.sections import without_credentials
 
 
 class RemoteStorage(Storage):
