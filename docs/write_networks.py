@@ -38,7 +38,9 @@ _QUANTITIES: dict[str, Callable[[Profile], float]] = {
     "quantized layers": lambda p: sum(row.scheme != "float32" for row in p.layers),
     "size (MB)": lambda p: p.parameter_bits("2-bit") / 8e6,
     "weight bytes": lambda p: sum(
-        row.storage.stored_bytes() for row in p.layers if row.storage and row.storage.levels
+        row.storage.stored_bytes(row.storage.published_format)
+        for row in p.layers
+        if row.storage and row.storage.levels
     ),
     "ratio": lambda p: p.ideal_ratio,
     "times fewer parameters": lambda p: (p.parameters + p.masked) / p.parameters,

@@ -12,7 +12,7 @@ from models.calls import ModelError
 from models.layers import CompressedLayer
 from models.lowpass import BlurPool2d, blur_input, blur_output
 from models.pattern_layers import MixedConv2d
-from models.surgery import mark_constant_buffers
+from models.surgery import mark_constant_buffers, set_blueprint
 
 #: Convolutions that read fewer channels, in practice the images, are left as they are.
 _FEWEST_CHANNELS = 16
@@ -59,6 +59,7 @@ def add_blurpool(model: nn.Module) -> list[str]:
         else:
             blur_input(layer, BlurPool2d())
     mark_constant_buffers(model)
+    set_blueprint(model, None)
     return [name for name, _ in found]
 
 

@@ -14,7 +14,7 @@ from models.backbones import BACKBONES
 from models.blurpool import add_blurpool
 from models.calls import ModelError, Option, bind, options, parse_call
 from models.methods import METHODS, Kind, Method, resolve_methods
-from models.surgery import Part, mark_constant_buffers
+from models.surgery import Part, mark_constant_buffers, set_blueprint
 from models.tracing import without_data
 
 _FROM_DATA = ("num_classes", "in_channels", "image_size")
@@ -36,7 +36,8 @@ def create_model(
     compose with a plus sign. The initial weights depend on `seed` (modulo 2**64) and the backbone
     alone, those of layers that a method adds on the method too, and the global random state is left
     as it was. `blurpool` blurs before layers that skip pixels (see models.add_blurpool). Output:
-    logits (N, num_classes). Raises ModelError, also when there is not enough memory.
+    logits (N, num_classes). The network remembers these arguments (models.surgery.blueprint).
+    Raises ModelError, also when there is not enough memory.
     """
     for name, value in zip(_FROM_DATA, (num_classes, in_channels, image_size), strict=True):
         if type(value) is not int:
@@ -66,7 +67,19 @@ def create_model(
         _apply(model, steps, method)
         if blurpool:
             add_blurpool(model)
-        return model
+    set_blueprint(
+        model,
+        {
+            "backbone": backbone,
+            "method": method,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "seed": seed,
+            "blurpool": blurpool,
+        },
+    )
+    return model
 
 
 def apply_method(

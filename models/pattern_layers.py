@@ -28,7 +28,8 @@ class FrozenConv2d(TrimmedConv2d):
     scales, not saved in the state dict, not broadcast, without a gradient. What is saved is
     `bank_sha256`, the digest of the bank, so that learned values are never loaded onto another
     bank than theirs, nor into a layer that was built on the meta device and so has no bank. Only a
-    state dict without digests, loaded with strict=False, is not checked.
+    state dict without digests, loaded with strict=False, is not checked. `origin` says where the
+    bank comes from (Bank.origin), None where there is none.
 
     All that the bank does not say is as in `like`, the layer in whose place it comes. Where the
     bank's kernel is smaller, so is the padding.
@@ -50,12 +51,14 @@ class FrozenConv2d(TrimmedConv2d):
         self.bias = bias
         self.train(like.training)
         self._storage = bank.storage()
-        self._is_drawn = not like.weight.is_meta
+        self.origin: dict[str, Any] | None = None
         weight = torch.empty(bank.shape, device=like.weight.device, dtype=like.weight.dtype)
         digest = torch.empty(32, device=like.weight.device, dtype=torch.uint8)
-        if self._is_drawn:
+        if not like.weight.is_meta:
+            position = bank.source.position
             patterns = bank.draw()
             scales = bank.scales(patterns)
+            self.origin = bank.origin(position, scales)
             weight.copy_(torch.from_numpy(patterns * scales))
             sha256 = bytearray(bank.digest(patterns, scales))
             digest.copy_(torch.frombuffer(sha256, dtype=torch.uint8))
@@ -71,6 +74,12 @@ class FrozenConv2d(TrimmedConv2d):
         """Return the bank."""
         return self.weight
 
+    def set_bank(self, weight: Tensor, origin: dict[str, Any], sha256: bytes) -> None:
+        """Compute with a bank that was drawn elsewhere: float32 (O, I, k, k), and its digest."""
+        self.weight = weight
+        self.origin = origin
+        self.bank_sha256 = torch.tensor(list(sha256), dtype=torch.uint8, device=weight.device)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -85,7 +94,7 @@ class FrozenConv2d(TrimmedConv2d):
         stored, own = state_dict.get(f"{prefix}bank_sha256"), self.bank_sha256
         if isinstance(stored, Tensor) and not stored.is_meta:
             name = prefix.rstrip(".")
-            if self.weight.is_meta or not self._is_drawn:
+            if self.weight.is_meta or self.origin is None:
                 error_msgs.append(
                     f"{name} was built without data (on the meta device), so it has no bank of "
                     "patterns: build the network on its device"
@@ -115,6 +124,11 @@ class GroupedFrozenConv2d(FrozenConv2d):
         super().__init__(bank, like, bias)
         self._block_groups = self.groups // fused
         self.register_buffer("blocks", _block_diagonal(self.weight, self.groups, fused), False)
+
+    def set_bank(self, weight: Tensor, origin: dict[str, Any], sha256: bytes) -> None:
+        """Lay the new bank out in blocks too."""
+        super().set_bank(weight, origin, sha256)
+        self.blocks = _block_diagonal(weight, self.groups, self.groups // self._block_groups)
 
     def forward(self, input: Tensor) -> Tensor:
         padding = [int(size) for size in self.padding]

@@ -25,22 +25,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.calls import ModelError
+from models.pattern_shapes import Patterns, bits_below, boxes, ring_table
 from models.storage import Storage
 
 Family = Literal["lbp", "haar", "ternary", "binary01", "points"]
 Shape = tuple[int, int, int, int]
-Patterns = NDArray[np.int8]
 _Integers = NDArray[np.int64]
-
-#: The ring of neighbors, clockwise from the top left: (row, column).
-_RING = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
 
 
 class PatternSource(Protocol):
@@ -49,6 +45,14 @@ class PatternSource(Protocol):
     @property
     def version(self) -> str:
         """Name of the rules by which patterns are drawn; it changes whenever they do."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of all draws."""
+
+    @property
+    def position(self) -> int:
+        """Words taken from the stream so far, where layer after layer reads the same one."""
 
     @property
     def unit_gain(self) -> bool:
@@ -93,7 +97,7 @@ class Bank:
     def draw(self) -> Patterns:
         """Take the patterns from the source."""
         bank = np.empty(self.shape, np.int8)
-        for family, filters in self._filters():
+        for family, filters in self.family_filters():
             shape = (len(filters), *self.shape[1:])
             bank[filters] = self.source.draw(family, shape, self.key)
         return bank if self.input_order is None else bank[:, list(self.input_order)]
@@ -106,7 +110,7 @@ class Bank:
         """
         scales = np.ones((self.shape[0], 1, 1, 1), np.float32)
         if self.source.unit_gain:
-            for _, filters in self._filters():
+            for _, filters in self.family_filters():
                 energy = np.square(patterns[filters]).sum((1, 2, 3), dtype=np.int64).mean()
                 scales[filters] = 2.0 ** -np.round(np.log2(max(energy, 1.0)) / 2)
         return scales
@@ -117,13 +121,29 @@ class Bank:
         values = scales.astype("<f4").tobytes() + patterns.tobytes()
         return hashlib.sha256(rules.encode() + values).digest()
 
+    def origin(self, position: int, scales: NDArray[np.float32]) -> dict[str, Any]:
+        """Return where a bank comes from that was drawn at a position of the source's stream.
+
+        It is plain data: what draws the bank again, and what its codes need to be read without
+        drawing. `scales` has one entry for each family.
+        """
+        return {
+            "version": self.source.version,
+            "seed": self.source.seed,
+            "key": self.key,
+            "position": position,
+            "families": list(self.families),
+            "groups": self.groups,
+            "scales": [float(scales[filters[0]].item()) for _, filters in self.family_filters()],
+        }
+
     def storage(self) -> Storage:
         """Return the form in which the bank is stored, if not as its seed."""
         outputs, inputs, rows, columns = self.shape
         binary = self.families[0] in ("binary01", "points")
         codes = [
             self.source.code_bits(family, (len(filters), *self.shape[1:]))
-            for family, filters in self._filters()
+            for family, filters in self.family_filters()
         ]
         return Storage(
             "patterns" if self.families[0] in ("lbp", "haar") else self.families[0],
@@ -135,19 +155,26 @@ class Bank:
 
     def source_order(self) -> tuple[int, ...]:
         """Return for each filter its place among them in the order in which they are drawn."""
-        drawn = np.concatenate([filters for _, filters in self._filters()])
+        drawn = np.concatenate([filters for _, filters in self.family_filters()])
         return tuple(np.argsort(drawn).tolist())
 
-    def _filters(self) -> Iterator[tuple[Family, NDArray[np.intp]]]:
+    def family_filters(self) -> Iterator[tuple[Family, NDArray[np.intp]]]:
         """Yield each family with the filters that it has."""
-        if len(self.families) == 1:
-            yield self.families[0], np.arange(self.shape[0])
-            return
-        per_group = self.shape[0] // self.groups
-        group, place = np.divmod(np.arange(self.shape[0]), per_group)
-        is_first = place < (per_group + (group + 1) % 2) // 2
-        yield self.families[0], np.flatnonzero(is_first)
-        yield self.families[1], np.flatnonzero(~is_first)
+        return filters_of_families(self.families, self.shape[0], self.groups)
+
+
+def filters_of_families(
+    families: tuple[Family, ...], filters: int, groups: int
+) -> Iterator[tuple[Family, NDArray[np.intp]]]:
+    """Yield each family with its filters, as Bank says."""
+    if len(families) == 1:
+        yield families[0], np.arange(filters)
+        return
+    per_group = filters // groups
+    group, place = np.divmod(np.arange(filters), per_group)
+    is_first = place < (per_group + (group + 1) % 2) // 2
+    yield families[0], np.flatnonzero(is_first)
+    yield families[1], np.flatnonzero(~is_first)
 
 
 class OriginalPatterns:
@@ -170,6 +197,8 @@ class OriginalPatterns:
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**32:
             raise ModelError(f"seed of the original patterns is 0 to {2**32 - 1}, not {seed}")
+        self.seed = seed
+        self.position = 0
         self._generator = np.random.RandomState(seed)
         self._ahead = np.empty(0, np.uint32)
 
@@ -200,7 +229,7 @@ class OriginalPatterns:
     def code_bits(self, family: Family, shape: Shape) -> int:
         """Return the bits of the codes: for haar patterns, the bits of their draws."""
         if family == "haar":
-            return shape[0] * shape[1] * (1 + 6 * _bits_below(shape[2] - 1))
+            return shape[0] * shape[1] * (1 + 6 * bits_below(shape[2] - 1))
         return _code_bits(family, shape)
 
     def peek(self, words: int) -> NDArray[np.uint32]:
@@ -214,6 +243,7 @@ class OriginalPatterns:
 
     def _take(self, words: int) -> NDArray[np.uint32]:
         taken = self.peek(words)
+        self.position += words
         self._ahead = self._ahead[words:]
         return taken
 
@@ -240,7 +270,7 @@ class OriginalPatterns:
         start, length = stream[starts] & 7, stream[starts + 1] & 3
         signs = sum((stream[starts + 2 + i] & 1) << i for i in range(4))
         self._take(int(starts[-1] + 3 + length[-1]))
-        return _ring_table(kernel, self.ring_corner(kernel))[start, length, signs]
+        return ring_table(kernel, self.ring_corner(kernel))[start, length, signs]
 
     @staticmethod
     def _starts(stream: NDArray[np.uint32], filters: int) -> NDArray[np.intp] | None:
@@ -266,8 +296,8 @@ class OriginalPatterns:
         sign = (2 * (draws[:, 2] & 1) - 1).astype(np.int8)[:, None, None]
         draws &= kernel - 2  # kernel - 1 is a power of two: no word is dropped
         height, width = 1 + draws[:, 0], 1 + draws[:, 1]
-        first = _boxes(draws[:, 3], draws[:, 4], height, width, kernel)
-        second = _boxes(draws[:, 5], draws[:, 6], height, width, kernel)
+        first = boxes(draws[:, 3], draws[:, 4], height, width, kernel)
+        second = boxes(draws[:, 5], draws[:, 6], height, width, kernel)
         return sign * np.where(second, np.int8(1), -first)
 
 
@@ -283,9 +313,10 @@ class KeyedPatterns:
 
     version = "keyed-1"
     unit_gain = True
+    position = 0
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
+        self.seed = seed
 
     def check(self, family: Family, kernel: int) -> None:
         """Raise ModelError for a kernel too small for the family."""
@@ -302,7 +333,7 @@ class KeyedPatterns:
         draws_per_filter = {"lbp": 1, "haar": 4}.get(family, kernel**2)
         draws = self._draws(filters * draws_per_filter, f"{family} {key}")
         if family == "lbp":
-            table = _ring_table(kernel, self.ring_corner(kernel))
+            table = ring_table(kernel, self.ring_corner(kernel))
             patterns = table[draws & 7, draws >> 3 & 3, draws >> 5 & 15]
         elif family == "haar":
             patterns = self._haar(draws.reshape(4, filters), kernel)
@@ -319,12 +350,12 @@ class KeyedPatterns:
         if family == "haar":
             sides = range(2, shape[2] + 1)  # the number of places for each extent
             places = [rows * columns for rows in sides for columns in sides]
-            return shape[0] * shape[1] * _bits_below(sum(n * (n - 1) for n in places))
+            return shape[0] * shape[1] * bits_below(sum(n * (n - 1) for n in places))
         return _code_bits(family, shape)
 
     def _draws(self, count: int, key: str) -> _Integers:
         """Return numbers below 2**16, from the raw words of Philox, which NumPy will not change."""
-        digest = hashlib.sha256(f"{self.version} {self._seed} {key}".encode()).digest()
+        digest = hashlib.sha256(f"{self.version} {self.seed} {key}".encode()).digest()
         generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
         words = generator.random_raw(-(-count // 4))
         shifts = np.array([0, 16, 32, 48], np.uint64)
@@ -338,41 +369,13 @@ class KeyedPatterns:
         places = (kernel - height + 1) * columns
         first = _below(places, draws[2])
         second = (first + 1 + _below(places - 1, draws[3])) % places
-        box = [_boxes(p // columns, p % columns, height, width, kernel) for p in (first, second)]
+        box = [boxes(p // columns, p % columns, height, width, kernel) for p in (first, second)]
         return box[1] - box[0]
 
 
 def _below(bound: int | _Integers, draws: _Integers) -> _Integers:
     """Map numbers below 2**16 to numbers below a bound, all alike to 1 in 2**16 / bound."""
     return draws * bound >> 16
-
-
-@cache
-def _ring_table(kernel: int, corner: int) -> Patterns:
-    """Every lbp pattern by its start, length - 1 and signs; the ring's top left is at `corner`."""
-    table = np.zeros((8, 4, 16, kernel, kernel), np.int8)
-    for start, length, signs in np.ndindex(8, 4, 16):
-        pattern = table[start, length, signs, corner:, corner:]
-        for i in range(length + 1):
-            sign = 2 * (signs >> i & 1) - 1
-            pattern[_RING[(start + i) % 8]] = sign
-            pattern[_RING[(start + i + 4) % 8]] = -sign
-    return table
-
-
-def _boxes(
-    row: _Integers, column: _Integers, height: _Integers, width: _Integers, kernel: int
-) -> Patterns:
-    """Fill rectangles with ones, (N, k, k); what lies outside the kernel is cut off."""
-    cells = np.arange(kernel)
-    rows = (cells >= row[:, None]) & (cells < (row + height)[:, None])
-    columns = (cells >= column[:, None]) & (cells < (column + width)[:, None])
-    return (rows[:, :, None] & columns[:, None, :]).view(np.int8)
-
-
-def _bits_below(values: int) -> int:
-    """Return the bits that tell so many values apart."""
-    return (values - 1).bit_length()
 
 
 def _code_bits(family: Family, shape: Shape) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from models.calls import ModelError, nearest
 
@@ -29,9 +30,12 @@ CODES = {
     "base-9": Code(levels=9, weights=5, bits=16),
 }
 
-#: All formats. The first that can hold a weight is the one it is stored in by default: a frozen
-#: weight is regenerated from its seed, and codes of whole bits are the simplest to read.
+#: All formats. A weight is stored by default in the smallest that can hold it, the earlier of two
+#: of the same size: a frozen weight is regenerated from its seed.
 FORMATS = ("seed", *CODES, "patterns", "float32")
+
+#: Forms of the values that no code holds: of weights that are any float, biases and norms.
+FloatFormat = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,16 @@ class Storage:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The formats that can hold the weight, the default one first."""
-        return tuple(name for name in FORMATS if self._fits(name))
+        """The formats that can hold the weight, by size; the first is the default one."""
+        possible = [name for name in FORMATS if self._fits(name)]
+        return tuple(sorted(possible, key=self.stored_bytes))
+
+    @property
+    def published_format(self) -> str:
+        """The format in which papers count the weight: codes of whole bits, else the default."""
+        whole_bits = [name for name, code in CODES.items() if code.weights == 1]
+        fitting = [name for name in whole_bits if self._fits(name)]
+        return self.formats[0] if self.frozen or not fitting else fitting[0]
 
     def bits(self, format: str | None = None) -> float:
         """Return the bits of the codes, or of the floats, without filling anything up."""
@@ -88,13 +100,13 @@ class Storage:
 
     def possible(self, format: str | None) -> str | None:
         """Return a format if it can hold the weight, else None, which means the default one."""
-        _check_known(format)
+        check_format(format)
         return format if format in self.formats else None
 
     def _chosen(self, format: str | None) -> str:
         if format is None:
             return self.formats[0]
-        _check_known(format)
+        check_format(format)
         if not self._fits(format):
             raise ModelError(
                 f"{format} cannot hold {self.scheme} weights; "
@@ -112,9 +124,16 @@ class Storage:
         return self.levels is not None and self.levels <= CODES[format].levels
 
 
-def _check_known(format: str | None) -> None:
+def check_format(format: str | None) -> None:
+    """Raise ModelError for a format that there is not; None is that of the default."""
     if format is not None and format not in FORMATS:
         raise ModelError(
             f"unknown format {format!r}{nearest(format, FORMATS)}; "
             f"known formats: {', '.join(FORMATS)}"
         )
+
+
+def check_float_format(format: str) -> None:
+    """Raise ModelError for a form of floats that there is not."""
+    if format not in get_args(FloatFormat):
+        raise ModelError(f"what has no code is stored in float32 or float16, not in {format!r}")

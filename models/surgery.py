@@ -6,7 +6,7 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     """Replace modules below a network's root in place, each under all its names.
 
     What is inside a replaced module goes with it, but for the blur of its input (models.lowpass).
+    The network is no longer the one that its blueprint describes.
     """
+    set_blueprint(model, None)
     replaced: tuple[str, ...] = ()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements and not name.startswith(replaced):
@@ -115,6 +117,21 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         blur = getattr(module, "blur", None)
         if isinstance(blur, BlurPool2d):
             blur_input(new, blur)
+
+
+def blueprint(model: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments with which create_model makes such a network, if it made this one.
+
+    Plain data of the network, no part of its state. Weights apart, it is what the network is: it is
+    dropped where layers are replaced afterwards.
+    """
+    arguments: dict[str, Any] | None = getattr(model, "_blueprint", None)
+    return arguments
+
+
+def set_blueprint(model: nn.Module, arguments: dict[str, Any] | None) -> None:
+    """Say how create_model makes such a network, or with None that it does not."""
+    object.__setattr__(model, "_blueprint", arguments)
 
 
 def activation_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -193,6 +210,7 @@ def compile_quantizers(model: nn.Module) -> int:
     return len(layers)
 
 
+@torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy in which every layer of a method is a plain torch layer with equal outputs.
 

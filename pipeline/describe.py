@@ -223,9 +223,6 @@ def _costs(profile: Profile, image_size: int) -> list[str]:
         f"{profile.stored_bytes:,} bytes against {profile.float32_bytes:,} of this network in "
         f"float32: {profile.ratio:.1f}x smaller"
     )
-    for name, size in profile.by_format.items():
-        if size < profile.stored_bytes:
-            stored += f"; {size:,} as {name}"
     operations = f"MACs       {profile.macs:,} at {image_size}x{image_size}"
     if profile.nominal_macs != profile.macs:
         operations += f", {profile.nominal_macs:,} with those by padding alone and by the zeros "

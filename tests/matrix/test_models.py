@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +26,10 @@ from models import (
     fold,
     list_backbones,
     list_methods,
+    pack,
     profile,
     quantized_layers,
+    unpack,
 )
 from models.backbones import BACKBONES
 from models.calls import parse_call
@@ -325,6 +328,21 @@ def test_the_profile_accounts_for_every_parameter(pair: tuple[str, str]) -> None
     assert (result.frozen > 0) == ("step" in pair[1])
     assert (result.masked > 0) == ("sparse" in pair[1])
     assert (result.stored_bytes < result.float32_bytes) == (pair[1] != "float")
+
+
+@pairs(
+    REPRESENTATIVES,
+    lambda backbone, method: backbone == VARIED[1] and method in COMPOSITIONS,
+)
+def test_a_packed_network_has_the_logits_of_the_folded_one_and_the_size_of_its_profile(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    model = settle(build(*pair), images_for(pair, 4))
+    packed = pack(model, tmp_path / "network.safetensors")
+    assert packed.tensor_bytes == profile(model, image_size(pair[0])).stored_bytes
+    images = images_for(pair, 2)
+    with torch.no_grad():
+        assert torch.equal(unpack(packed.path)(images), fold(model)(images))
 
 
 @every_network

@@ -14,10 +14,31 @@ from models.storage import CODES, FORMATS, Storage
     ("levels", "default"),
     [(2, "1-bit"), (3, "2-bit"), (4, "2-bit"), (5, "3-bit"), (9, "4-bit"), (16, "4-bit")],
 )
-def test_the_default_is_the_shortest_code_of_whole_bits(levels: int, default: str) -> None:
+def test_papers_count_the_shortest_code_of_whole_bits(levels: int, default: str) -> None:
     storage = Storage("any", 10, levels=levels)
-    assert storage.formats[0] == default
-    assert storage.bits() == 10 * math.ceil(math.log2(levels))
+    assert storage.published_format == default
+    assert storage.bits(default) == 10 * math.ceil(math.log2(levels))
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 5, 6, 9, 10, 16, None])
+def test_the_default_is_the_smallest_format_and_of_two_alike_the_earlier(
+    levels: int | None,
+) -> None:
+    for count in (*range(1, 60), 1000, 2_359_296):
+        storage = Storage("any", count, levels=levels)
+        sizes = {name: storage.stored_bytes(name) for name in storage.formats}
+        smallest = [name for name in FORMATS if sizes.get(name) == min(sizes.values())]
+        assert storage.formats[0] == smallest[0]
+        assert storage.stored_bytes() == min(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("levels", "format"), [(2, "1-bit"), (3, "5-trit"), (5, "3-bit"), (9, "base-9"), (16, "4-bit")]
+)
+def test_a_large_weight_is_stored_in_the_code_nearest_to_its_entropy(
+    levels: int, format: str
+) -> None:
+    assert Storage("any", 36_864, levels=levels).formats[0] == format
 
 
 @pytest.mark.parametrize("name", CODES)
