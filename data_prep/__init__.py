@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from data_prep.datasets import DATASETS as DATASETS
     from data_prep.datasets import DataError as DataError
     from data_prep.datasets import Dataset as Dataset
+    from data_prep.datasets import Storage as Storage
     from data_prep.datasets import get_dataset as get_dataset
     from data_prep.loaders import Loader as Loader
     from data_prep.loaders import Reading as Reading
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from data_prep.manifest import Manifest as Manifest
     from data_prep.manifest import ffcv_available as ffcv_available
     from data_prep.reading.readers import choose_cache as choose_cache
+    from data_prep.reading.readers import normalized as normalized
+    from data_prep.single_images import as_channels as as_channels
+    from data_prep.single_images import decode_image as decode_image
+    from data_prep.single_images import is_image_file as is_image_file
+    from data_prep.single_images import view_image as view_image
     from data_prep.sources import look as look
     from data_prep.sources import raw_place as raw_place
 
@@ -41,15 +47,21 @@ _HOME = {
     "Plan": "convert",
     "Reading": "loaders",
     "Resolution": "augment",
+    "Storage": "datasets",
     "View": "augment",
+    "as_channels": "single_images",
     "choose_cache": "reading.readers",
+    "decode_image": "single_images",
     "ffcv_available": "manifest",
     "get_dataset": "datasets",
+    "is_image_file": "single_images",
     "look": "sources",
     "make_loader": "loaders",
+    "normalized": "reading.readers",
     "plan": "convert",
     "prepare": "convert",
     "raw_place": "sources",
+    "view_image": "single_images",
 }
 
 __all__ = list(_HOME)

@@ -69,7 +69,7 @@ EVALUATE = Stage(
     "Evaluate", ("every test image", "exactly once"), "pipeline/evaluate.py", 6.44, 1.55
 )
 REGISTER = Stage(
-    "Fold + register", ("a plain network,", "no pickle"), "pipeline/registry.py", 8.32, 1.55
+    "Fold + register", ("a plain network,", "no pickle"), "pipeline/registry/", 8.32, 1.55
 )
 LOAD = Stage(
     "Load anywhere", ("without Ternforge,", "any batch size"), "mlflow.pytorch", 10.2, 1.55

@@ -8,7 +8,9 @@ The records are kept in docs; without arguments, the tables are made of them ane
 - curves.json: accuracy by epoch, also of shortened and unfinished runs; `docs/draw_curves.py` draws
   pictures of it;
 - loading.json and training.json: how fast images are read and networks are trained, written by
-  tests/benchmarks/data_writing.py, data_loading.py, and training_throughput.py.
+  tests/benchmarks/data_writing.py, data_loading.py, and training_throughput.py;
+- forms.json: size, accuracy and latency of trained networks in each of their forms, written by
+  tests/benchmarks/model_forms.py.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from pipeline.experiments import catalog
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RECORDS, CURVES = DOCS / "results.json", DOCS / "curves.json"
-LOADING, TRAINING = DOCS / "loading.json", DOCS / "training.json"
+LOADING, TRAINING, FORMS = (DOCS / f"{name}.json" for name in ("loading", "training", "forms"))
 
 #: Settings of a recipe that say how it is computed, which a run is free to choose.
 _COMPUTED = {"precision", "compile", "accumulation"}
 
 #: Settings that are shortened together.
 _DURATIONS = {"epochs", "warmup_epochs", "milestones", "growth_epochs"}
+
+#: Forms of a network in the order of the table, and what runs it.
+_FORMS = ("trained", "folded", "packed", "onnx", "int8")
+_RUNTIMES = ("torch", "twin_torch", "onnx", "twin_onnx", "int8")
 
 Record = dict[str, Any]
 
@@ -200,6 +206,31 @@ def training_table(races: dict[str, Record]) -> str:
     return "\n".join(rows)
 
 
+def forms_table(forms: dict[str, Record]) -> str:
+    """Bytes and accuracy of each form of trained networks; then latency beside the float twin."""
+    rows = [
+        "| network | bytes, float32 | packed | ONNX int8 | top-1 (%), trained | folded | packed "
+        "| ONNX | ONNX int8 |",
+        "|---|" + 8 * "---:|",
+    ]
+    for name, form in sorted(forms.items()):
+        size, top1 = form["bytes"], form["top1"]
+        ratio = size["float"] / size["packed"]
+        accuracies = " | ".join(f"{top1[key]:.2f}" for key in _FORMS)
+        rows.append(
+            f"| `{name}` | {size['float']:,} | {size['packed']:,} ({ratio:.1f}x) "
+            f"| {size['int8']:,} | {accuracies} |"
+        )
+    rows += ["", "| network | torch (ms) | float twin | ONNX (ms) | float twin | ONNX int8 (ms) "]
+    rows[-1] += "| int8 against the twin's ONNX |"
+    rows.append("|---|" + 6 * "---:|")
+    for name, form in sorted(forms.items()):
+        times = form["milliseconds"]
+        figures = " | ".join(f"{times[key]:.2f}" for key in _RUNTIMES)
+        rows.append(f"| `{name}` | {figures} | {times['twin_onnx'] / times['int8']:.2f}x |")
+    return "\n".join(rows)
+
+
 def with_table(readme: str, mark: str, content: str) -> str:
     """The text with what stands between the two marks of that name replaced."""
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
@@ -215,6 +246,7 @@ def with_tables(readme: str) -> str:
         "published": published_table(_read(CURVES)),
         "loading": loading_table(_read(LOADING)),
         "training": training_table(_read(TRAINING)),
+        "forms": forms_table(_read(FORMS)),
     }
     for mark, content in tables.items():
         readme = with_table(readme, mark, content)

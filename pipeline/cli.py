@@ -17,6 +17,7 @@ from pipeline.experiments import check_parts, data_only, load_experiment, untune
 from pipeline.runlist import UnclearRunError
 from pipeline.sections import without_credentials
 from pipeline.settings import load_yaml, override, parse_overrides, without_effect
+from pipeline.use.options import add_options, read_request
 
 _DESCRIPTION = "Train an efficient image classifier from raw images to a registered model."
 _EPILOG = """\
@@ -26,9 +27,17 @@ examples:
   python run.py --describe mnist_lenet5_ternary --yaml > mine.yaml
   python run.py --config mine.yaml --dry-run
   python run.py --prepare folder data.raw=~/pictures/birds
+  python run.py --predict digits_lenet5_ternary digit.png
 
 A name is DATASET_BACKBONE[_METHOD[_RECIPE]]. Settings are those that --describe shows.
 """
+
+
+#: Options that do something else than to use a model.
+_OTHER_OPTIONS = [
+    *("experiment", "config", "prepare", "smoke", "resume", "dry_run", "list", "describe"),
+    *("inspect", "yaml"),
+]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,6 +93,7 @@ def _parser() -> _Parser:
     )
     look.add_argument("--yaml", action="store_true", help="with --describe: settings as YAML")
     look.add_argument("--help", "-h", action="store_true", help="show this text")
+    add_options(parser)
     return parser
 
 
@@ -137,14 +147,20 @@ def _how_to_continue(arguments: Sequence[str], run: str | None) -> str:
 def _dispatch(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(list(arguments))
-    # `--resume` and `--list` take an optional word; a setting behind them is not that word.
-    for name, bare in (("resume", True), ("list", "*")):
+    # These take an optional word; a setting behind them is not that word.
+    for name, bare in (("resume", True), ("list", "*"), ("models", "*")):
         value = getattr(options, name)
         if isinstance(value, str) and "=" in value:
             options.settings.append(value)
             setattr(options, name, bare)
     if options.help or not arguments:
         parser.print_help()
+        return 0
+    request = read_request(options, _OTHER_OPTIONS)
+    if request is not None:
+        from pipeline.use.commands import carry_out
+
+        carry_out(request)
         return 0
     if options.list is not None:
         if len(arguments) > 1 + (options.list != "*"):

@@ -290,13 +290,7 @@ class _Training:
         kept = self._load_kept()
         loader = self.watched_loader if self.watched == "test" else self._open("test")
         evaluation = self._evaluate("test", loader, fast=False)
-        self.context.event(
-            "evaluation",
-            epoch=kept,
-            confusion=evaluation.confusion.tolist(),
-            top5_hits=evaluation.top5_hits,
-            loss=evaluation.loss,
-        )
+        self.context.event("evaluation", epoch=kept, **evaluation.to_event())
 
     def _load_kept(self) -> int:
         """Take the weights that are the result, and return the epoch that they are of."""

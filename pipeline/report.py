@@ -1,4 +1,4 @@
-"""What is said of a finished run: the model card, its record, and the summary table."""
+"""What is said of a finished run: its record, and the summary table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 import models
-from data_prep.datasets import get_dataset, named_normalization
 from pipeline.display import duration
-from pipeline.inputs import evaluation_size
 
 if TYPE_CHECKING:
-    from data_prep import Manifest
     from models import Profile
     from pipeline.config import Experiment
     from pipeline.seeds import SeedsResult
@@ -35,65 +32,20 @@ _LABELS = {
 }
 
 
-def preprocessing(experiment: Experiment, manifest: Manifest) -> dict[str, object]:
-    """What a user of the model has to do to an image, as plain data."""
-    recipe, size = experiment.train, evaluation_size(experiment.train, manifest)
-    mean, std = named_normalization(recipe.normalization, manifest.normalization)
-    window = "the whole image"
-    if recipe.test_crop is not None:
-        window = f"the central square of {recipe.test_crop:g} of the shorter side"
-    return {
-        "input": f"float32 (N, {manifest.channels}, {size}, {size})",
-        "resize": f"{window}, to {size}x{size}, area filter",
-        "scale": "pixel / 255",
-        "mean": list(mean),
-        "std": list(std),
-        "class_names": list(manifest.class_names),
-    }
-
-
-def model_card(result: Result) -> str:
-    """Markdown that says what the model is, how good it is and how to use it."""
-    experiment, profile = result.experiment, result.profile
-    dataset, prepared = get_dataset(experiment.dataset), preprocessing(experiment, result.manifest)
-    return f"""# {experiment.name}
-
-{_network(experiment.backbone)} with method `{experiment.method}`, trained on {dataset.title}.
-
-| | |
-|---|---|
-| top-1 on the test split | {result.evaluation.top1:.2f} % of {result.evaluation.images:,} images |
-| parameters | {_parameters(profile)} |
-| stored | {profile.stored_bytes:,} bytes ({profile.float32_bytes:,} with this network in float32) |
-| multiply-accumulates per image | {profile.macs:,} |
-| epochs | {_epochs(result)} |
-| seed | {experiment.seed} |
-
-The registered program is the folded network: plain convolutions with the quantized weights.
-
-    import mlflow
-    model = mlflow.pytorch.load_model("models:/{experiment.name}@candidate")
-    logits = model(images)
-
-`images` is {prepared["input"]}: {prepared["resize"]}; pixels divided by 255, then normalized with
-mean {prepared["mean"]} and standard deviation {prepared["std"]} per channel. License of the data:
-{dataset.license}.
-"""
-
-
-def _network(backbone: str) -> str:
+def network_text(backbone: str) -> str:
     """The backbone, and what is to be known of it, such as that it is a design of our own."""
     note = models.backbone_note(backbone)
     return f"{backbone} ({note})" if note else backbone
 
 
-def _parameters(profile: Profile) -> str:
+def parameters_text(profile: Profile) -> str:
+    """How many, and of what kind."""
     counts = {"frozen": profile.frozen, "pre-defined zeros beside them": profile.masked}
     kinds = [f"{count:,} {kind}" for kind, count in counts.items() if count]
     return f"{profile.parameters:,}" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
-def _epochs(result: Result) -> str:
+def epochs_text(result: Result) -> str:
     """How long the training was, and which of its epochs is kept, where that is a choice."""
     held_out = result.experiment.train.validation
     if not held_out:
@@ -123,7 +75,7 @@ def record(result: Result) -> dict[str, Any]:
     best = _best_test_epoch(history)
     return {
         "experiment": experiment.name,
-        "network": _network(experiment.backbone),
+        "network": network_text(experiment.backbone),
         "method": experiment.method,
         "seed": experiment.seed,
         "precision": experiment.train.precision,
@@ -135,6 +87,7 @@ def record(result: Result) -> dict[str, Any]:
         "validation_top1": history[result.kept_epoch - 1].get("validation_top1"),
         "best_epoch": best,
         "best_top1": None if best is None else round(history[best - 1]["test_top1"], 3),
+        "interval": [round(end, 3) for end in evaluation.interval],
         "test_images": evaluation.images,
         "parameters": result.profile.parameters,
         "stored_bytes": result.profile.stored_bytes,
@@ -154,7 +107,7 @@ def summary(result: Result) -> Table:
     experiment, profile, history = result.experiment, result.profile, result.history
     table = _table(experiment.name)
     figures = record(result)
-    table.add_row("top-1", _accuracy(figures) + _published(experiment))
+    table.add_row("top-1", _accuracy(figures) + published_text(experiment))
     best = _best_test_epoch(history)
     if experiment.reference is not None and best not in (None, result.kept_epoch):
         is_habit = experiment.reference.best_on == "test"
@@ -162,10 +115,10 @@ def summary(result: Result) -> Table:
         top1 = f"{figures['best_top1']:.2f} % at epoch {best} on the test images{habit}"
         table.add_row(f"best of {len(history)}", top1)
     if experiment.train.validation:
-        table.add_row("epochs", _epochs(result))
+        table.add_row("epochs", epochs_text(result))
     if models.backbone_note(experiment.backbone):
-        table.add_row("network", _network(experiment.backbone))
-    table.add_row("parameters", _parameters(profile))
+        table.add_row("network", network_text(experiment.backbone))
+    table.add_row("parameters", parameters_text(profile))
     table.add_row("stored", _stored(figures))
     table.add_row("MACs", f"{profile.macs:,} per image")
     speed = f"{history[-1]['images_per_second']:,.0f} img/s in {experiment.train.precision}"
@@ -173,7 +126,9 @@ def summary(result: Result) -> Table:
     table.add_row("time", f"{duration(result.seconds)}, training at {speed}{memory}")
     _add_places(table, result.folder, result.run_id, result.tracking_uri)
     if result.model is not None:
-        table.add_row("model", result.model.uri)
+        table.add_row("model", f"{result.model.uri}, version {result.model.version}")
+    if result.champion:
+        table.add_row("champion", result.champion.removeprefix("champion "))
     return table
 
 
@@ -189,7 +144,7 @@ def seeds_summary(result: SeedsResult) -> Table:
         figure = f"{spread.mean:.2f} ± {spread.deviation:.2f} %"
         if name == "loss":
             figure = f"{spread.mean:.4f} ± {spread.deviation:.4f}"
-        published = _published(experiment) if name == "top1" else ""
+        published = published_text(experiment) if name == "top1" else ""
         table.add_row(_LABELS[name], f"{figure} over {len(runs)} seeds{published}")
     table.add_row("parameters", f"{runs[0]['parameters']:,}")
     table.add_row("stored", _stored(runs[0]))
@@ -197,6 +152,8 @@ def seeds_summary(result: SeedsResult) -> Table:
     _add_places(table, result.folder, result.run_id, result.tracking_uri)
     if result.model is not None:
         table.add_row("model", f"{result.model}, {result.choice}")
+    if result.champion:
+        table.add_row("champion", result.champion.removeprefix("champion "))
     return table
 
 
@@ -211,10 +168,13 @@ def _table(title: str) -> Table:
 def _accuracy(figures: Mapping[str, Any]) -> str:
     """Accuracy in a record, in words."""
     text = f"{figures['top1']:.2f} % of {figures['test_images']:,} test images"
+    if "interval" in figures:  # not in the record of an older run
+        low, high = figures["interval"]
+        text += f" (95 % interval {low:.2f} to {high:.2f} %)"
     return text if figures["top5"] is None else f"{text}, top-5 {figures['top5']:.2f} %"
 
 
-def _published(experiment: Experiment) -> str:
+def published_text(experiment: Experiment) -> str:
     """The figure to compare with, in parentheses; empty where there is none.
 
     Nothing compares with what made-up images give.

@@ -148,13 +148,13 @@ def _changed(record: Mapping[str, Any], experiment: Experiment) -> list[tuple[st
     """Each setting that the run of the record has otherwise, and a text that says so."""
     old, new = flatten(record["experiment"]), flatten(experiment.model_dump(mode="json"))
     return [
-        (key, f"{key}={_word(old.get(key))} (now {_word(new.get(key))})")
+        (key, f"{key}={setting_text(old.get(key))} (now {setting_text(new.get(key))})")
         for key in {**new, **old}
         if old.get(key) != new.get(key)
     ]
 
 
-def _word(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A value as the user would write it."""
     words = {None: "none", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -16,9 +16,13 @@ from pipeline import runfolder
 from pipeline.config import Experiment, PipelineError
 from pipeline.display import Display
 from pipeline.materials import Materials, gather
+from pipeline.registry.card import with_seeds
+from pipeline.registry.promotion import consider
+from pipeline.registry.versions import CANDIDATE
 from pipeline.runfolder import RunFolder
 from pipeline.settings import override
 from pipeline.stages import start_tracking, train_and_register, usual_alias
+from pipeline.stores import store_errors
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker, TrackingStore
@@ -54,6 +58,7 @@ class SeedsResult:
         run_id: MLflow run above those of the seeds; None when tracking is off.
         model: URI of the registered version that stands for all; None when there is none.
         choice: whose version that is, in words.
+        champion: as of ``stages.Result``.
     """
 
     experiment: Experiment
@@ -64,6 +69,7 @@ class SeedsResult:
     run_id: str | None = None
     model: str | None = None
     choice: str = ""
+    champion: str = ""
 
 
 def run_seeds(
@@ -149,24 +155,38 @@ class _Seeds:
         tracker.log_dict("seeds.json", {**_record(result), "runs": result.runs})
         tracker.catch_up()
         chosen, choice = _candidate(result.runs)
-        model = None
+        model, champion = None, ""
         if chosen["model_version"] is not None:
-            model = self._point_alias(str(chosen["model_version"]), tracker.store)
+            version = int(chosen["model_version"])
+            model = self._point_alias(version, tracker.store)
+            self._say_on_card(version, result.spreads["top1"], tracker.store)
+            if usual_alias(self.experiment) == CANDIDATE:
+                champion = consider(tracker.store, self.experiment.name, version)
         return replace(
             result,
             tracking_uri=tracker.store.uri,
             run_id=tracker.run_id,
             model=model,
             choice=choice,
+            champion=champion,
         )
 
-    def _point_alias(self, version: str, store: TrackingStore) -> str:
-        from pipeline.stores import store_errors
-
+    def _point_alias(self, version: int, store: TrackingStore) -> str:
         name, alias = self.experiment.name, usual_alias(self.experiment)
         with store_errors(f"cannot name version {version} of {name} in {store.uri}"):
-            store.client.set_registered_model_alias(name, alias, version)
+            store.client.set_registered_model_alias(name, alias, str(version))
         return f"models:/{name}@{alias}"
+
+    def _say_on_card(self, version: int, spread: Spread, store: TrackingStore) -> None:
+        """Put mean and deviation on the version that stands for all."""
+        name, client, number = self.experiment.name, store.client, str(version)
+        with store_errors(f"cannot describe version {version} of {name} in {store.uri}"):
+            card = client.get_model_version(name, number).description or ""
+            text = with_seeds(card, spread, len(self.members))
+            client.update_model_version(name, number, text)
+            tags = {"seeds": len(self.members), "top1_mean": spread.mean}
+            for key, value in (tags | {"top1_deviation": spread.deviation}).items():
+                client.set_model_version_tag(name, number, key, f"{value:.6g}")
 
 
 def _spreads(runs: list[dict[str, Any]]) -> dict[str, Spread]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -99,6 +100,12 @@ def override(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
     return build_experiment(tree)
 
 
+#: Shows a value that is wrong; in YAML a few lines can stand for one of any size.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxdict = 1, 12, 12, 12
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 200
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     # A union names its branches in the location; only the setting's own path helps the user.
@@ -113,7 +120,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"setting {key!r} is missing"
     message = problem["msg"].replace("Input should be", "must be")
     message = message.replace("String should match pattern", "must match")
-    return f"{key}={problem['input']!r} {message}"
+    return f"{key}={_SHOWN.repr(problem['input'])} {message}"
 
 
 def load_yaml(path: Path) -> Experiment:
@@ -123,18 +130,32 @@ def load_yaml(path: Path) -> Experiment:
         PipelineError: when the file is missing, is not YAML or does not describe an experiment.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise PipelineError(f"cannot read {path}: {reason}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, place: str) -> Experiment:
+    """The experiment that ``Experiment.to_yaml`` wrote.
+
+    Args:
+        place: where the text stands; errors begin with it.
+
+    Raises:
+        PipelineError: when it is not YAML or does not describe an experiment.
+    """
+    try:
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise PipelineError(f"{place} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        raise PipelineError(f"{path} holds no experiment; write one with --describe NAME --yaml")
+        raise PipelineError(f"{place} holds no experiment; write one with --describe NAME --yaml")
     try:
         return build_experiment(values)
     except PipelineError as error:
-        raise PipelineError(f"{path}: {error}") from None
+        raise PipelineError(f"{place}: {error}") from None
 
 
 #: Settings that act only with certain values of another one.

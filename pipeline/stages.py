@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 import models
@@ -20,11 +19,12 @@ from pipeline.evaluate import Evaluation
 from pipeline.failures import TrainingError
 from pipeline.loop import build_model
 from pipeline.materials import Materials, gather, rate_note
+from pipeline.registry.versions import CANDIDATE
 
 if TYPE_CHECKING:
     from data_prep import Manifest
     from models.profiler import Profile
-    from pipeline.registry import RegisteredModel
+    from pipeline.registry.registering import RegisteredModel
     from pipeline.runfolder import RunFolder
     from pipeline.tracking import Tracker
     from pipeline.workers.board import Event
@@ -46,6 +46,7 @@ class Result:
         tracking_uri: MLflow store; None when tracking is off.
         run_id: MLflow run; None when tracking is off.
         model: registered version; None when nothing was registered.
+        champion: a line on which version is the champion, and why; empty where none may be.
     """
 
     experiment: Experiment
@@ -60,6 +61,7 @@ class Result:
     tracking_uri: str | None = None
     run_id: str | None = None
     model: RegisteredModel | None = None
+    champion: str = ""
 
 
 def run(
@@ -104,7 +106,7 @@ def train_and_register(
 
 def usual_alias(experiment: Experiment) -> str:
     """What the registry calls the newest version: a model of made-up images is no candidate."""
-    return "synthetic" if experiment.data.synthetic else "candidate"
+    return "synthetic" if experiment.data.synthetic else CANDIDATE
 
 
 def start_tracking(
@@ -222,8 +224,7 @@ class _Run:
         elif event["kind"] == "epoch":
             self.history = [*self.history[: event["epoch"] - 1], event["metrics"]]
         elif event["kind"] == "evaluation":
-            confusion = torch.tensor(event["confusion"])
-            self.evaluation = Evaluation(confusion, event["top5_hits"], event["loss"])
+            self.evaluation = Evaluation.from_event(event)
             self.kept_epoch = event.get("epoch", self.kept_epoch)
         if self.tracker is not None:
             for epoch, metrics in enumerate(self.history, start=1):
@@ -250,17 +251,19 @@ class _Run:
         if self.tracker is None:
             return result
         self._log_figures(self.tracker, result, model)
-        registered = None
+        registered, champion = None, ""
         if experiment.tracking.register_model:
             self.tracker.catch_up()
             self.display.stage("register", f"exporting and verifying {experiment.name}")
             registered = self._register(self.tracker, result, model)
+            champion = self._consider(self.tracker, registered)
         return replace(
             result,
             seconds=time.monotonic() - self.started,
             tracking_uri=self.tracker.store.uri,
             run_id=self.tracker.run_id,
             model=registered,
+            champion=champion,
         )
 
     def _log_figures(self, tracker: Tracker, result: Result, model: nn.Module) -> None:
@@ -281,25 +284,18 @@ class _Run:
         tracker.log_dict("evaluation.json", numbers)
 
     def _register(self, tracker: Tracker, result: Result, model: nn.Module) -> RegisteredModel:
-        from pipeline.registry import register
+        from pipeline.registry.registering import register
+        from pipeline.registry.registration import Registration
 
-        size = inputs.evaluation_size(self.experiment.train, self.manifest)
+        registration = Registration.of(result, tracker.store, tracker.run_id)
         return register(
-            models.fold(model),
-            self.experiment.name,
-            store=tracker.store,
-            run_id=tracker.run_id,
-            example_shape=(self.manifest.channels, size, size),
-            reference=model,
-            experiment=self.experiment,
-            model_card=report.model_card(result),
-            preprocessing=report.preprocessing(self.experiment, self.manifest),
-            alias=self.alias,
-            tags={
-                "seed": str(self.experiment.seed),
-                "top1": f"{result.evaluation.top1:.3f}",
-                "stored_bytes": str(result.profile.stored_bytes),
-                "method": self.experiment.method,
-                "data.fingerprint": self.manifest.fingerprint,
-            },
+            model, models.fold(model), registration, store=tracker.store, alias=self.alias
         )
+
+    def _consider(self, tracker: Tracker, registered: RegisteredModel) -> str:
+        """Let the version become champion if it is better, where it may."""
+        if self.alias != CANDIDATE:
+            return ""
+        from pipeline.registry.promotion import consider
+
+        return consider(tracker.store, registered.name, registered.version)

@@ -98,6 +98,8 @@ def reason(error: Exception) -> str:
     for sign, meaning in CONNECTION_FAILURES.items():
         if sign in text:
             return meaning
+    if text.startswith("The following failures"):  # of downloads; the last line is of a file
+        text = text.splitlines()[-1]
     without_passwords = re.sub(r"(?<=://)[^\s/]*@", "", text)
     return without_passwords.split("\n", 1)[0][:200] or type(error).__name__
 

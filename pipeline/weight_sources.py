@@ -229,7 +229,7 @@ def _downloaded(entry: WeightsEnum, tell: Callable[[str], None]) -> Path:
 
 
 def _from_registry(source: str, experiment: Experiment) -> _Found:
-    from pipeline.registry import fetch_training
+    from pipeline.registry.versions import fetch_training
     from pipeline.stores import NotRegisteredError, open_tracking
 
     store = open_tracking(experiment.tracking.uri, experiment.tracking.runs.absolute())

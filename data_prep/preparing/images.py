@@ -34,7 +34,8 @@ Pixels = npt.NDArray[np.uint8]
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+#: Pillow's names of what is read.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,24 +93,13 @@ def clean(data: bytes, storage: Storage, index: int) -> Stored:
     Raises:
         BadImage: with the reason, when the file is no usable image.
     """
-    with warnings.catch_warnings():
-        # Of Pillow, about what is no error: large images, damaged EXIF blocks.
-        warnings.simplefilter("ignore")
-        image = _opened(data)
-        decoded, is_clean = _pixels(data, image)
-        pixels = _upright(decoded, _orientation(image))
+    image, pixels, is_clean = _decoded(data)
     reduced = reduce(pixels, storage.side)
     height, width = reduced.shape[:2]
     raw = storage.format == "raw" or (storage.format == "mixed" and index % 2 == 1)
     if raw:
         stored = reduced.reshape(-1)
-    elif (
-        storage.passthrough
-        and is_clean
-        and reduced is pixels
-        and len(data) <= pixels.size  # not megabytes of metadata around a small image
-        and _is_plain_jpeg(image)
-    ):
+    elif reduced is pixels and is_clean and _keeps_bytes(data, image, pixels, storage):
         stored = np.frombuffer(data, dtype=np.uint8)
     else:
         stored = _jpeg(reduced, storage.quality)
@@ -119,6 +109,29 @@ def clean(data: bytes, storage: Storage, index: int) -> Stored:
             "data.side"
         )
     return Stored(stored, height, width, RAW if raw else JPG, reduced)
+
+
+def seen(data: bytes, storage: Storage | None) -> Pixels:
+    """What a reader of prepared files would give of a file, uint8 (H, W, 3).
+
+    Where images are kept as JPEGs, that is with the losses of their encoding, as in ``clean``. In
+    the mixed format, it is as in the raw one.
+
+    Args:
+        data: content of the file.
+        storage: how images are kept; None: pixel by pixel, as large as they are.
+
+    Raises:
+        BadImage: with the reason, when the file is no usable image.
+    """
+    image, pixels, is_clean = _decoded(data)
+    if storage is None:
+        return pixels
+    reduced = reduce(pixels, storage.side)
+    unchanged = reduced is pixels and is_clean and _keeps_bytes(data, image, pixels, storage)
+    if storage.format != "jpg" or unchanged:
+        return reduced
+    return np.asarray(Image.open(io.BytesIO(_jpeg(reduced, storage.quality).data)))
 
 
 def decode(data: bytes) -> Pixels:
@@ -264,14 +277,30 @@ def _turbo() -> ctypes.CDLL | None:
     return None
 
 
+def _decoded(data: bytes) -> tuple[Image.Image, Pixels, bool]:
+    """The image, its upright pixels, and whether a strict decoder has nothing to say of them."""
+    with warnings.catch_warnings():
+        # Of Pillow, about what is no error: large images, damaged EXIF blocks.
+        warnings.simplefilter("ignore")
+        image = _opened(data)
+        pixels, is_clean = _pixels(data, image)
+        return image, _upright(pixels, _orientation(image)), is_clean
+
+
+def _keeps_bytes(data: bytes, image: Image.Image, pixels: Pixels, storage: Storage) -> bool:
+    """Whether a file that needs no change is kept as it is."""
+    # Not megabytes of metadata around a small image.
+    return storage.passthrough and len(data) <= pixels.size and _is_plain_jpeg(image)
+
+
 def _opened(data: bytes) -> Image.Image:
     """The image, its header read; nothing is decoded."""
     if not data:
         raise BadImage("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadImage(f"no image in a known format ({', '.join(_FORMATS)})") from None
+        raise BadImage(f"no image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
     except MemoryError:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from io import BufferedReader
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ from data_prep.reading.resampling import resize
 
 Bytes = npt.NDArray[np.uint8]
 Images = npt.NDArray[np.uint8] | npt.NDArray[np.floating]
+
+Float = TypeVar("Float", bound=np.floating)
 
 Cache = Literal["page", "process"]
 
@@ -135,6 +137,13 @@ def checked_geometry(look: Look, index: Index, indices: Indices) -> Geometry:
     return Geometry(windows.astype(np.int32), moves.astype(np.int32))
 
 
+def normalized(
+    images: Bytes, mean: npt.NDArray[Float], std: npt.NDArray[Float]
+) -> npt.NDArray[Float]:
+    """Images, uint8 (..., C), scaled to [0, 1], less ``mean``, by ``std``, in their type."""
+    return (images.astype(mean.dtype) / mean.dtype.type(255) - mean) / std
+
+
 def damage(index: Index, sample: int, what: str) -> DataError:
     """The error that names a sample which is not as it was written."""
     return DataError(
@@ -168,10 +177,9 @@ class PillowReader:
             images[number] = _moved(resize(window, look.size, look.size), moves[number], look.edge)
 
         list((self._pool.map if self._pool else map)(make, range(len(indices))))
-        if look.mean is None:
+        if look.mean is None or look.std is None:
             return images
-        scaled = images.astype(look.mean.dtype) / look.mean.dtype.type(255)
-        return (scaled - look.mean) / look.std
+        return normalized(images, look.mean, look.std)
 
     def _decode(self, sample: int) -> Bytes:
         index = self.index

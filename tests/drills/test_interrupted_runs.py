@@ -59,6 +59,7 @@ def saving(command_line: CommandLine, name: str) -> Callable[[], bool]:
     return lambda: any(runs.glob("*/checkpoints/.partial-*/*"))
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_epoch_changes_nothing(command_line, undisturbed):
     run = command_line.watch("--experiment", NAME, *UNTRACKED, OFTEN)
     command_line.wait_for_checkpoint(run, NAME, "epoch-0000-step-000040")

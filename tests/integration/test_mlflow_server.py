@@ -12,13 +12,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pipeline.config import Experiment, Tracking
-from pipeline.registry import register
+import models
+from pipeline.config import Experiment, PipelineError, Tracking
+from pipeline.registry.overview import compare, list_models
+from pipeline.registry.predictions import Predictions
+from pipeline.registry.promotion import consider, promote
+from pipeline.registry.registering import register
+from pipeline.registry.registration import Registration
+from pipeline.registry.versions import fetch_packed, find_version, parse_reference
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
 from pipeline.weight_sources import resolve
 from tests.mlflow_server import Server
@@ -82,32 +89,49 @@ def test_a_run_on_a_server_is_logged_there_an_epoch_per_request(
 
 STRANGER = """
 import mlflow.pytorch, torch
-model = mlflow.pytorch.load_model("models:/small_net@candidate")
-print([tuple(model(torch.zeros(count, 3, 8, 8)).shape) for count in (1, 2, 7)])
+model = mlflow.pytorch.load_model("models:/small_net@champion")
+print([tuple(model(torch.zeros(count, 1, 32, 32)).shape) for count in (1, 2, 7)])
 """
 
 
-def test_a_model_registered_on_a_server_loads_from_it_elsewhere(
-    server: Server, store: TrackingStore, tmp_path: Path
-) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+def registered_on(store: TrackingStore, run: str, wrong: int) -> tuple[nn.Module, str]:
+    """A network of that run, which gets so many of 40 images wrong, and what becomes champion."""
+    model = models.create_model(
+        "lenet5", "ternary", num_classes=10, in_channels=1, image_size=32, seed=wrong
     ).eval()
-    tracker = Tracker.start(store, "small_net", "run", {}, {})
-    registered = register(
-        model,
-        "small_net",
-        store=store,
+    labels = np.arange(40, dtype=np.uint8) % 10
+    predicted = np.where(np.arange(40) < wrong, labels + 1, labels).astype(np.uint8)
+    tracker = Tracker.start(store, "small_net", run, {}, {})
+    registration = Registration(
+        name="small_net",
         run_id=tracker.run_id,
-        example_shape=(3, 8, 8),
-        reference=model,
-        experiment=Experiment(name="small_net", dataset="svhn", backbone="small"),
+        experiment=Experiment(name="small_net", dataset="digits", backbone="lenet5"),
+        image_shape=(1, 32, 32),
         model_card="# Small",
         preprocessing={"mean": [0.0]},
+        predictions=Predictions("da" * 32, predicted, labels),
+        metadata={},
         tags={},
     )
+    registered = register(model, models.fold(model), registration, store=store)
     tracker.finish()
-    assert (registered.version, registered.uri) == (1, "models:/small_net@candidate")
+    assert registered.uri == "models:/small_net@candidate"
+    return model, consider(store, "small_net", registered.version)
+
+
+def test_models_registered_on_a_server_load_from_it_elsewhere_and_the_better_one_is_champion(
+    server: Server, store: TrackingStore, tmp_path: Path
+) -> None:
+    _, first = registered_on(store, "first", wrong=20)
+    better, second = registered_on(store, "second", wrong=5)
+    _, third = registered_on(store, "third", wrong=4)
+    assert first == "champion is version 1, was none: the first one"
+    assert second.startswith("champion is version 2, was version 1: ")
+    assert third.startswith("champion stays version 2: ")
+    with pytest.raises(PipelineError, match="--force"):
+        promote(store, "small_net", False, "ada")
+    assert promote(store, "small_net", True, "ada").endswith("was version 2: forced by ada")
+    assert promote(store, "small_net@2", True, "ada").endswith("was version 3: forced by ada")
     stranger = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER],
         cwd=tmp_path,
@@ -117,11 +141,19 @@ def test_a_model_registered_on_a_server_loads_from_it_elsewhere(
         timeout=120,
         check=False,
     )
-    assert stranger.stdout == "[(1, 5), (2, 5), (7, 5)]\n", stranger.stderr
+    assert stranger.stdout == "[(1, 10), (2, 10), (7, 10)]\n", stranger.stderr
     tracking = Tracking(uri=server.uri, runs=tmp_path / "runs")
-    beginner = Experiment(name="next", dataset="svhn", backbone="small", tracking=tracking)
-    weights = resolve("models:/small_net@candidate", beginner)
-    assert all(torch.equal(model.state_dict()[name], t) for name, t in weights.read().items())
+    beginner = Experiment(name="next", dataset="digits", backbone="lenet5", tracking=tracking)
+    weights = resolve("models:/small_net@champion", beginner)
+    assert all(torch.equal(better.state_dict()[name], t) for name, t in weights.read().items())
+    version = find_version(parse_reference("small_net"), store)
+    assert (version.number, version.aliases) == (2, ("champion",))
+    images = torch.randn(3, 1, 32, 32)
+    with torch.inference_mode():
+        unpacked = models.unpack(fetch_packed(version, store, tmp_path))
+        assert torch.equal(unpacked(images), models.fold(better)(images))
+    assert list_models(store, "small*").row_count == 3
+    assert compare(store, "small_net@1", "small_net@champion").row_count > 10
 
 
 def test_nobody_waits_for_a_server_that_is_away_and_it_gets_all_when_it_is_back(

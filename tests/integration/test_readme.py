@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -17,17 +16,9 @@ from docs.write_results import LOADING, RECORDS, collect, table, with_tables
 from pipeline.experiments import load_experiment
 from pipeline.settings import override
 from tests.pictures import picture, write_class_folders
+from tests.readme import BLOCKS, README, commands_marked
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
-BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
-BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
-COMMANDS = [
-    (block["mark"], line)
-    for block in BLOCKS
-    if block["kind"] == "bash"
-    for line in block["text"].splitlines()
-]
 #: A command with one of these is quick as it stands; another one gets --smoke added.
 QUICK = ("--list", "--describe", "--dry-run", "--smoke", "--prepare", "--inspect")
 
@@ -50,7 +41,7 @@ def run_command(command: str, root: Path, folder: Path, **variables: str) -> str
 
 
 @pytest.mark.parametrize(
-    "command", [line for mark, line in COMMANDS if mark is None and line.startswith("python")]
+    "command", [line for line in commands_marked(None) if line.startswith("python")]
 )
 def test_every_command_works(command, tmp_path):
     assert run_command(command, REPOSITORY, tmp_path)
@@ -63,7 +54,7 @@ def test_the_commands_for_raw_images_work(tmp_path):
             folder = tmp_path / "images" / "imagenet" / split / f"n{number:08}"
             folder.mkdir(parents=True)
             picture(number, 16, 16).save(folder / "1.JPEG")
-    commands = [line for mark, line in COMMANDS if mark == "with raw images"]
+    commands = commands_marked("with raw images")
     assert len(commands) == 4
     variables = {"HOME": str(tmp_path), "TERNFORGE_DATA": str(tmp_path / "images")}
     outputs = [run_command(command, REPOSITORY, tmp_path, **variables) for command in commands]
@@ -72,7 +63,8 @@ def test_the_commands_for_raw_images_work(tmp_path):
 
 
 def test_every_make_target_exists():
-    targets = [line.removeprefix("make ") for _, line in COMMANDS if line.startswith("make")]
+    lines = commands_marked(None)
+    targets = [line.removeprefix("make ") for line in lines if line.startswith("make")]
     assert {"demo", "test", "ui"} <= set(targets)
     listed = subprocess.run(
         ["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True
@@ -88,7 +80,7 @@ def test_the_files_it_tells_to_add_are_all_that_a_method_and_a_backbone_need(tmp
     for block in BLOCKS:
         if block["mark"] and block["mark"].startswith("file: "):
             (house / block["mark"].removeprefix("file: ")).write_text(block["text"])
-    commands = [line for mark, line in COMMANDS if mark == "with the files above"]
+    commands = commands_marked("with the files above")
     assert len(commands) == 2
     outputs = [run_command(command, house, tmp_path) for command in commands]
     # The sign method stores a bit per weight: 16 x 9 + 32 x 16 x 9 + 10 x 32 weights, 3 layers.

@@ -126,6 +126,34 @@ def test_each_seed_is_registered_and_the_first_stands_for_all(experiment, finish
     aliases = MlflowClient(experiment.tracking.uri).get_registered_model(NAME).aliases
     assert aliases == {"synthetic-seed7": 1, "synthetic-seed8": 2, "synthetic": 1}
     assert finished.model == f"models:/{NAME}@synthetic"
+    assert finished.champion == "", "a model of made-up images is no champion"
+
+
+def test_the_card_of_that_version_has_mean_and_deviation(experiment, finished):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(experiment.tracking.uri)
+    first, second = (client.get_model_version(NAME, number) for number in ("1", "2"))
+    spread = finished.spreads["top1"]
+    assert f"over 2 seeds: {spread.mean:.2f} ± {spread.deviation:.2f} %" in first.description
+    assert float(first.tags["top1_mean"]) == pytest.approx(spread.mean, rel=1e-5)
+    assert "Other seeds" not in second.description
+
+
+@pytest.mark.slow
+def test_of_several_seeds_only_the_version_that_stands_for_all_may_become_champion(
+    experiment, tmp_path
+):
+    from mlflow import MlflowClient
+
+    settings = ["data.synthetic=none", "train.epochs=1", "train.batch_size=64"]
+    uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    real = override(experiment, [*settings, f"tracking.runs={tmp_path / 'runs'}",
+                                 f"tracking.uri={uri}"])  # fmt: skip
+    result = run_seeds(real)
+    assert result.champion == "champion is version 1, was none: the first one"
+    aliases = MlflowClient(uri).get_registered_model(NAME).aliases
+    assert (aliases["champion"], aliases["candidate"]) == (1, 1)
 
 
 def test_the_command_line_shows_mean_and_deviation(tmp_path, monkeypatch, capsys):

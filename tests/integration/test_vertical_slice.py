@@ -15,18 +15,7 @@ import models
 from data_prep import get_dataset
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
-from tests.command_line import CommandLine
-
-NAME = "digits_lenet5_ternary"
-EPOCHS = 6
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, prepared):
-    """The command line after its run, with the run's output."""
-    command_line = CommandLine(tmp_path_factory.mktemp("slice") / "project", prepared)
-    command_line.run("--experiment", NAME, f"train.epochs={EPOCHS}")
-    return command_line
+from tests.integration.conftest import EPOCHS, NAME
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +42,7 @@ def test_the_output_fits_on_a_screen_and_says_what_matters(finished):
     lines = finished.output.splitlines()
     assert len(lines) < 40, finished.output
     for text in ("1,437 train + 360 test", "2 CPU workers, gloo", "top-1", "parameters",
-                 "against 4,959,352 of this network in float32",
+                 "against 4,954,488 of this network in float32",
                  "models:/digits_lenet5_ternary@candidate", "mlflow ui"):  # fmt: skip
         assert text in finished.output
     assert not re.search(r"Traceback|Warning|WARNING|DEBUG", finished.output)
@@ -125,6 +114,8 @@ model = mlflow.pytorch.load_model("models:/{NAME}@candidate")
 images, expected = torch.load("example.pt", weights_only=True)
 for count in (1, 2, 7):
     print((model(images[:count]) - expected[:count]).abs().max().item())
+answers = mlflow.pyfunc.load_model("models:/{NAME}@champion").predict(images.numpy())
+print(abs(answers - expected.numpy()).max())
 assert not {{"models", "pipeline", "data_prep"}} & set(sys.modules)
 """
     answer = subprocess.run(
@@ -132,7 +123,7 @@ assert not {{"models", "pipeline", "data_prep"}} & set(sys.modules)
     )
     assert answer.returncode == 0, answer.stderr
     differences = [float(line) for line in answer.stdout.split()]
-    assert len(differences) == 3
+    assert len(differences) == 4
     assert max(differences) < 1e-5
 
 

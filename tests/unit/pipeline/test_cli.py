@@ -239,7 +239,7 @@ def test_describe_shows_published_counts(capsys):
     """LeNet5 at 28x28: 878,154 parameters and 6,571,520 MACs (Stadtmann et al. 2020)."""
     assert main(["--describe", "mnist_lenet5_ternary"]) == 0
     shown = capsys.readouterr().out
-    for text in ("878,154", "6,571,520", "train.epochs", "conv2", "ternary", "876,320 at 2 bits"):
+    for text in ("878,154", "6,571,520", "train.epochs", "conv2", "ternary", "876,320 at 1.6 bits"):
         assert text in shown
 
 

@@ -204,6 +204,11 @@ def test_none_is_a_word_where_a_setting_knows_it_and_nothing_elsewhere():
     assert (changed.train.compile, changed.train.clip_norm) == ("none", None)
 
 
+def test_a_switch_that_may_be_none_can_be_true_and_false():
+    for text, value in (("true", True), ("false", False), ("none", None)):
+        assert override(BASE, [f"data.passthrough={text}"]).data.passthrough is value
+
+
 def test_numbers_are_decimal_and_folders_stay_text():
     changed = override(BASE, ["train.epochs=010", "tracking.runs=2024", "tracking.uri=1e3"])
     assert changed.train.epochs == 10

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import re
 import stat
 import subprocess
 import sys
@@ -21,9 +20,11 @@ import torch
 from torch import nn
 
 import models
-from pipeline.artifact import refuse_pickled_code
 from pipeline.config import Data, Experiment, PipelineError, Recipe, Tracking
-from pipeline.registry import RegisteredModel, register
+from pipeline.registry.artifact import refuse_pickled_code
+from pipeline.registry.predictions import Predictions
+from pipeline.registry.registering import RegisteredModel, register
+from pipeline.registry.registration import Registration
 from pipeline.tracking import Tracker, TrackingStore, open_tracking
 from pipeline.weight_sources import resolve
 from pipeline.weights import load_into
@@ -41,6 +42,7 @@ EXPERIMENT = Experiment(
     tracking=Tracking(runs=Path(__file__).parent, uri="http://user:secret@tracking.example"),
 )
 PREPROCESSING = {"mean": [0.5], "std": [0.25], "class_names": ["zero", "one"]}
+PREDICTIONS = Predictions("ab" * 32, np.array([0, 9, 3], np.uint8), np.array([0, 9, 4], np.uint8))
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,24 @@ def trained_network(seed: int) -> torch.nn.Module:
 def register_network(
     store: TrackingStore,
     run_id: str,
-    model: torch.nn.Module,
-    reference: torch.nn.Module,
+    trained: torch.nn.Module,
+    folded: torch.nn.Module | None = None,
     name: str = NAME,
     alias: str = "candidate",
 ) -> RegisteredModel:
-    return register(
-        model,
-        name,
-        store=store,
+    registration = Registration(
+        name=name,
         run_id=run_id,
-        example_shape=(1, 32, 32),
-        reference=reference,
         experiment=EXPERIMENT,
+        image_shape=(1, 32, 32),
         model_card=MODEL_CARD,
         preprocessing=PREPROCESSING,
+        predictions=PREDICTIONS,
+        metadata={"data": {"license": "CC BY 4.0"}},
         tags={"top1": "97.5"},
-        alias=alias,
     )
+    folded = models.fold(trained) if folded is None else folded
+    return register(trained, folded, registration, store=store, alias=alias)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]
         store = open_tracking(None, runs)
         run_id = Tracker.start(store, NAME, "run", {}, {}).run_id
         trained = trained_network(seed=0)
-        model = register_network(store, run_id, models.fold(trained), trained)
+        model = register_network(store, run_id, trained)
         (artifact,) = (runs / "artifacts" / "models").glob("*/artifacts")
         yield Registered(store, run_id, trained, model, artifact)
         assert list(Path.cwd().iterdir()) == [], "MLflow wrote to the working directory"
@@ -229,9 +231,32 @@ def test_card_preprocessing_signature_and_tags_come_with_the_model(registered: R
     assert [spec.shape for spec in loaded.signature.inputs] == [(-1, 1, 32, 32)]
     assert [spec.shape for spec in loaded.signature.outputs] == [(-1, 10)]
     version = registered.store.client.get_model_version_by_alias(NAME, "candidate")
-    assert version.tags["top1"] == "97.5"
+    packed = registered.artifact / "packed.safetensors"
+    profile = models.profile(registered.trained, 32)
+    sizes = {
+        "stored_bytes": str(profile.stored_bytes),
+        "packed_bytes": str(packed.stat().st_size),
+    }
+    assert version.tags == {"top1": "97.5", **sizes}
     assert version.run_id == registered.run_id
     assert version.description == MODEL_CARD[:5000]
+
+
+def test_the_packed_network_gives_the_folded_ones_logits_to_the_bit_and_says_what_it_is(
+    registered: Registered,
+) -> None:
+    path = registered.artifact / "packed.safetensors"
+    images = torch.randn(5, 1, 32, 32, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        expected = models.fold(registered.trained)(images)
+        assert torch.equal(models.unpack(path)(images), expected)
+    metadata = models.read_packed(path).metadata
+    assert metadata["preprocessing"] == PREPROCESSING
+    assert metadata["data"] == {"license": "CC BY 4.0"}
+    assert (metadata["experiment"], metadata["source_run"]) == (NAME, registered.run_id)
+    assert metadata["experiment_yaml"] == (registered.artifact / "experiment.yaml").read_text()
+    answers = Predictions.load(registered.artifact / "evaluation.safetensors")
+    assert answers.predicted.tolist() == [0, 9, 3]
 
 
 def test_the_model_also_answers_through_the_interface_of_the_scoring_server(
@@ -246,10 +271,11 @@ def test_the_model_also_answers_through_the_interface_of_the_scoring_server(
 
 
 def test_the_result_says_where_the_model_is_and_how_large(registered: Registered) -> None:
-    archive = registered.artifact / "data" / "model.pt2"
-    assert registered.model == RegisteredModel(
-        NAME, 1, f"models:/{NAME}@candidate", archive.stat().st_size
-    )
+    sizes = [
+        (registered.artifact / file).stat().st_size
+        for file in ("data/model.pt2", "packed.safetensors")
+    ]
+    assert registered.model == RegisteredModel(NAME, 1, f"models:/{NAME}@candidate", *sizes)
 
 
 def beginner(runs: Path) -> Experiment:
@@ -401,7 +427,7 @@ def test_what_is_not_accepted_leaves_no_trace_in_the_registry(
     reference.load_state_dict(model.state_dict(), strict=False)
     before = in_registry(registered)
     with pytest.raises(PipelineError, match=message) as error:
-        register_network(registered.store, registered.run_id, model, reference, name)
+        register_network(registered.store, registered.run_id, reference, model, name)
     assert "\n" not in str(error.value)
     assert in_registry(registered) == before
 
@@ -421,10 +447,10 @@ def test_a_failure_of_the_store_after_the_version_was_created_leaves_no_trace(
     registered: Registered,
 ) -> None:
     before = in_registry(registered)
-    model = Classifier()
+    model = trained_network(seed=2)
     with pytest.raises(PipelineError, match=r"cannot register new_name .*alias"):
         register_network(
-            registered.store, registered.run_id, model, model, "new_name", alias="not/an alias"
+            registered.store, registered.run_id, model, name="new_name", alias="not/an alias"
         )
     assert in_registry(registered) == before
 
@@ -433,10 +459,10 @@ def test_a_run_has_one_version_however_often_it_is_registered_and_no_alias_goes_
     store: TrackingStore, runs: Path
 ) -> None:
     first, second = (Tracker.start(store, "net", name, {}, {}).run_id for name in "ab")
-    model = Classifier()
+    model = trained_network(seed=2)
 
     def registered_as(run_id: str) -> RegisteredModel:
-        return register_network(store, run_id, model, model, "net")
+        return register_network(store, run_id, model, name="net")
 
     assert [registered_as(run_id).version for run_id in (first, second)] == [1, 2]
     left = store.client.create_logged_model("1", "net", first)  # by a process that was killed
@@ -450,56 +476,7 @@ def test_a_run_has_one_version_however_often_it_is_registered_and_no_alias_goes_
     assert [key for key, stage in stages.items() if stage == "deleted"] == [left.model_id]
 
 
-class Touch:
-    """Pickled, it makes an empty file of whoever reads it back."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.file,)
-
-
-def test_a_version_that_was_changed_since_runs_no_code_when_it_is_taken_up(
-    store: TrackingStore, runs: Path, tmp_path: Path
-) -> None:
-    run_id = Tracker.start(store, "net", "first", {}, {}).run_id
-    model, harm = Classifier(), tmp_path / "harm"
-    register_network(store, run_id, model, model, "net")
-    (artifact,) = (runs / "artifacts" / "models").glob("*/artifacts")
-
-    (artifact / "data" / "pickle_module_info.txt").write_text("pickle")
-    (artifact / "data" / "model.pth").write_bytes(pickle.dumps(Touch(harm), protocol=0))
-    with pytest.raises(PipelineError, match="using pickle is disallowed") as error:
-        register_network(store, run_id, model, model, "net")
-    one_line(error)
-    (artifact / "data" / "model.pth").unlink()
-
-    graph = artifact / "data" / "model.pt2"
-    with zipfile.ZipFile(graph) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    (inputs,) = [name for name in members if "sample_inputs" in name and name.endswith(".pt")]
-    changed = io.BytesIO()
-    torch.save(Touch(harm), changed)
-    with zipfile.ZipFile(graph, "w") as archive:
-        for name, content in {**members, inputs: changed.getvalue()}.items():
-            archive.writestr(name, content)
-    with pytest.raises(PipelineError, match="using pickle is disallowed"):
-        register_network(store, run_id, model, model, "net")
-    assert not harm.exists()
-
-    with zipfile.ZipFile(graph, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    before = list(sys.path)
-    description = (artifact / "MLmodel").read_text()
-    (artifact / "MLmodel").write_text(re.sub(r"\bcode:.*", f"code: {tmp_path}", description))
-    assert register_network(store, run_id, model, model, "net").version == 2
-    assert sys.path == before
-
-
 def test_registering_for_a_run_that_is_not_there_is_one_line(registered: Registered) -> None:
-    folded = models.fold(registered.trained)
     with pytest.raises(PipelineError, match=f"cannot register {NAME} .*0123") as error:
-        register_network(registered.store, "0123", folded, registered.trained)
+        register_network(registered.store, "0123", registered.trained)
     assert "\n" not in str(error.value)

@@ -13,14 +13,16 @@ from rich.console import Console
 import data_prep
 import models
 from pipeline import figures, report
-from pipeline.config import Experiment, Reference
+from pipeline.config import Reference
 from pipeline.evaluate import Evaluation
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
+from pipeline.registry.card import model_card
 from pipeline.stages import Result
 
 #: Hits of 4 images of class 0 and 6 of class 1: 70 %.
-CONFUSION = torch.tensor([[3, 1], [2, 4]])
+LABELS = torch.tensor([0] * 4 + [1] * 6)
+PREDICTED = torch.tensor([0, 0, 0, 1, 0, 0, 1, 1, 1, 1])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def result(manifest, history: list[dict[str, float]], kept: int, words: list[str
         folder=Path("runs/one"),
         history=[{**rest, **epoch} for epoch in history],
         kept_epoch=kept,
-        evaluation=Evaluation(CONFUSION, top5_hits=10, loss=0.25),
+        evaluation=Evaluation(PREDICTED, LABELS, 2, top5_hits=10, loss=0.25),
         profile=models.profile(build_model(experiment, manifest), 32),
         hardware="2 CPU workers, gloo",
         seconds=61.0,
@@ -66,7 +68,7 @@ def test_the_best_epoch_on_the_test_images_stands_beside_the_last_as_papers_have
     assert (figures["top1"], figures["kept_epoch"]) == (70.0, 3)
     assert (figures["best_top1"], figures["best_epoch"]) == (72.5, 2)
     text = shown(report.summary(finished))
-    assert "70.00 % of 10 test images (published 75.00 %" in text
+    assert "70.00 % of 10 test images (95 % interval 39.68 to 89.22 %) (published 75.00 %" in text
     assert "72.50 % at epoch 2 on the test images, as the paper reports it" in text
 
 
@@ -98,7 +100,7 @@ def test_the_epoch_that_held_out_images_chose_is_said_in_summary_record_and_card
     figures = report.record(finished)
     assert (figures["kept_epoch"], figures["validation_top1"]) == (2, 88.5)
     assert figures["best_top1"] is None, "nobody looked at the test images before the end"
-    for text in (shown(report.summary(finished)), report.model_card(finished)):
+    for text in (shown(report.summary(finished)), model_card(finished, "run", None)):
         assert "3, of which epoch 2 is kept: the best, with 88.50 %, on 4 held-out" in text
 
 
@@ -117,10 +119,3 @@ def test_curves_show_the_images_that_were_watched():
         figure = figures.curves([{**rest, **epoch} for epoch in history], "title")
         labels = {line.get_label() for line in figure.axes[1].lines}
         assert labels == {"train", split}
-
-
-def test_preprocessing_is_for_images_of_the_size_of_evaluation(manifest):
-    experiment = Experiment(name="x", dataset="digits", backbone="lenet5")
-    larger = experiment.train.model_copy(update={"test_size": 40})
-    experiment = experiment.model_copy(update={"train": larger})
-    assert report.preprocessing(experiment, manifest)["input"] == "float32 (N, 1, 40, 40)"

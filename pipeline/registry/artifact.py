@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import pickle
 import pickletools
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,24 +15,23 @@ import torch
 from safetensors.torch import save
 
 from pipeline.config import Checkpointing, Data, Experiment, PipelineError, Scaling, Tracking
+from pipeline.registry.versions import EXPERIMENT, TRAINING, WEIGHTS
 
-TRAINING, WEIGHTS, EXPERIMENT = "training", "weights.safetensors", "experiment.yaml"
+#: Files of a version for people and programs elsewhere, beside those that MLflow writes.
+CARD, PREPROCESSING, PROGRAM = "model_card.md", "preprocessing.json", "data/model.pt2"
+
 PICKLE_START = b"\x80"  # of every pickle since protocol 2; torch writes no older ones
 
 # What a pickle needs to get hold of an object or to call one; without these it is plain data.
 CODE_OPCODES = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
 CODE_OPCODES |= {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"}
 
+#: Keys in MLmodel of which two writings of one model have other values, a line each.
+_OF_THE_MOMENT = (b"utc_time_created", b"model_id", b"model_uuid", b"artifact_path", b"run_id")
 
-def save_companions(
-    folder: Path, model_card: str, trained: torch.nn.Module, experiment: Experiment
-) -> None:
-    """Write the card and what `fetch_training` gives back, without where the training ran."""
-    (folder / "model_card.md").write_text(model_card)
-    (folder / TRAINING).mkdir()
-    tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
-    # Not by save_file, which would let only this user read them.
-    (folder / TRAINING / WEIGHTS).write_bytes(save(tensors))
+
+def portable_yaml(experiment: Experiment) -> str:
+    """The experiment as YAML, without where its training ran."""
     elsewhere = {"root": None, "raw": None, "prepared": Data().prepared}
     portable = {
         "data": experiment.data.model_copy(update=elsewhere),
@@ -40,30 +39,37 @@ def save_companions(
         "checkpoint": Checkpointing(),
         "tracking": Tracking(),
     }
-    (folder / TRAINING / EXPERIMENT).write_text(experiment.model_copy(update=portable).to_yaml())
+    return experiment.model_copy(update=portable).to_yaml()
 
 
-def strip_archive(archive: Path) -> None:
-    """Take out of a .pt2 archive its pickle of tensors and the paths of this machine.
+def save_training(folder: Path, trained: torch.nn.Module, experiment_yaml: str) -> None:
+    """Write what another training can begin with."""
+    (folder / TRAINING).mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+    # Not by save_file, which would let only this user read them.
+    (folder / TRAINING / WEIGHTS).write_bytes(save(tensors))
+    (folder / TRAINING / EXPERIMENT).write_text(experiment_yaml)
 
-    The example batch is the one member that torch always writes as a pickle. Both torch and
-    MLflow insist on reading it and on one entry per argument, so `((0,), {})` stays: a stream
-    that names no type. Each node of the graph keeps the stack trace of its making, with the
-    source paths of this checkout; nothing reads that.
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by its path there.
+
+    Of ``MLmodel``, without what two writings of one model differ in: its time and its id.
     """
-    with no_buffer_warning():
-        program = torch.export.load(archive)
-    program.example_inputs = ((0,), {})
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)
-    torch.export.save(program, archive)
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            if path.relative_to(folder) == Path("MLmodel"):
+                content = _lasting(content)
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+    return found
 
 
-def no_buffer_warning() -> warnings.catch_warnings[None]:
-    """Torch warns that weights it has just read share memory with a read-only buffer."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+def _lasting(description: bytes) -> bytes:
+    """The lines of an MLmodel file that say what the model is."""
+    lines = description.splitlines()
+    return b"\n".join(line for line in lines if line.split(b":")[0] not in _OF_THE_MOMENT)
 
 
 def refuse_pickled_code(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Using trained networks: evaluate, predict, export, measure how fast they are."""
