@@ -54,8 +54,6 @@ HOMES = {
     "numba": ("data_prep/reading/ffcv_reader.py", "data_prep/reading/kernels.py"),
     "llvmlite": ("data_prep/reading/kernels.py",),
     "safetensors": ("pipeline/*", "models/packing/file.py"),
-    "onnx": ("models/exporting/*", "pipeline/use/*"),
-    "onnxruntime": ("models/exporting/*", "pipeline/use/*"),
     "scipy": ("data_prep/raw/imagenet.py",),
     "sklearn": ("data_prep/raw/arrays.py",),
 }
