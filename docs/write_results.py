@@ -21,7 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import models
+from data_prep import get_dataset
 from pipeline.experiments import catalog
+from pipeline.inputs import image_size
+from pipeline.loop import build_model
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -62,6 +66,19 @@ def collect(runs: Path) -> dict[str, Record]:
         and run["sessions"] == 1
         and _is_curated(run["experiment"], _COMPUTED)
     }
+
+
+def with_sizes(records: dict[str, Record]) -> dict[str, Record]:
+    """The records with the sizes of today's formats, which follow from the network alone."""
+    sized = {}
+    for name, run in records.items():
+        experiment = catalog()[name]
+        dataset = get_dataset(experiment.dataset)
+        network = build_model(experiment, dataset)
+        profile = models.profile(network, image_size(experiment.train, dataset))
+        sizes = {"stored_bytes": profile.stored_bytes, "float32_bytes": profile.float32_bytes}
+        sized[name] = run | sizes
+    return sized
 
 
 def collect_curves(runs: Path) -> dict[str, Record]:
@@ -271,6 +288,7 @@ def main(arguments: list[str]) -> None:
             known = curves.get(name, {"top1_by_epoch": []})
             if len(run["top1_by_epoch"]) >= len(known["top1_by_epoch"]):
                 curves[name] = run
+    records = with_sizes(records)
     RECORDS.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
     CURVES.write_text(curves_as_json(curves))
     README.write_text(with_tables(README.read_text()))

@@ -145,6 +145,7 @@ def test_training_throughput_becomes_a_row_for_each_network_and_worker_count():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_benchmark_of_training_writes_the_record_of_the_table(tmp_path):
     script = REPOSITORY / "tests" / "benchmarks" / "training_throughput.py"
     record = tmp_path / "training.json"
