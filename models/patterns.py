@@ -117,9 +117,7 @@ class Bank:
 
     def digest(self, patterns: Patterns, scales: NDArray[np.float32]) -> bytes:
         """Return the SHA-256 of the patterns, their scales and the rules that made them."""
-        rules = f"{self.source.version} {','.join(self.families)} {self.shape} {self.groups} "
-        values = scales.astype("<f4").tobytes() + patterns.tobytes()
-        return hashlib.sha256(rules.encode() + values).digest()
+        return bank_digest(self.source.version, self.families, self.groups, patterns, scales)
 
     def origin(self, position: int, scales: NDArray[np.float32]) -> dict[str, Any]:
         """Return where a bank comes from that was drawn at a position of the source's stream.
@@ -161,6 +159,19 @@ class Bank:
     def family_filters(self) -> Iterator[tuple[Family, NDArray[np.intp]]]:
         """Yield each family with the filters that it has."""
         return filters_of_families(self.families, self.shape[0], self.groups)
+
+
+def bank_digest(
+    version: str,
+    families: tuple[str, ...],
+    groups: int,
+    patterns: Patterns,
+    scales: NDArray[np.float32],
+) -> bytes:
+    """Return the SHA-256 of patterns (O, I, k, k), of their scales (O, 1, 1, 1) and their rules."""
+    rules = f"{version} {','.join(families)} {patterns.shape} {groups} "
+    values = scales.astype("<f4").tobytes() + patterns.tobytes()
+    return hashlib.sha256(rules.encode() + values).digest()
 
 
 def filters_of_families(

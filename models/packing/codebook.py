@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from models.calls import ModelError
 Codebook = Literal[
     "signs", "bits", "magnitudes", "magnitudes by filter", "values", "values by filter"
 ]
-CODEBOOKS: tuple[Codebook, ...] = get_args(Codebook)
 
 
 def values_of(codebook: Codebook, levels: int, scales: Tensor, filters: int) -> Tensor:

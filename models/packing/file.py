@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.calls import ModelError
+from models.packing.remaining import is_finite
 from models.packing.weights import PackedLayer, check_layer
-from models.patterns import Family
 from models.storage import Storage
 
 VERSION = 1
@@ -34,8 +35,9 @@ _DIGEST_SIZE = 64
 _DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}
 
 #: A network may have as many weights for each byte of its file: eight is the most of one bit, and
-#: the rest is for pre-defined zeros and frozen banks. What asks for more memory is not believed.
-_WEIGHTS_PER_BYTE = 256
+#: the rest is for pre-defined zeros and frozen banks. Small files of nothing but banks may exceed
+#: that up to a number that takes little memory. What asks for more is not believed.
+_WEIGHTS_PER_BYTE, _FEW_WEIGHTS = 256, 2**25
 
 #: Characters of a call string in a blueprint: one that is deeply nested is not even parsed.
 _LONGEST_CALL = 500
@@ -74,7 +76,12 @@ def write_file(path: Path, description: Description, tensors: Mapping[str, Tenso
     """Write a file, whole or not at all. Raises ModelError where that fails."""
     from safetensors.torch import save
 
-    data = bytearray(save(dict(tensors), {"packed_network": description.to_json()}))
+    text = description.to_json()
+    try:
+        _description(text)
+    except ModelError as error:
+        raise ModelError(f"{path} cannot be written, since none could read it: {error}") from None
+    data = bytearray(save(dict(tensors), {"packed_network": text}))
     assert data[8:_DIGEST_AT] == _BEGINNING
     data[_DIGEST_AT : _DIGEST_AT + _DIGEST_SIZE] = _digest(data).encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -98,7 +105,9 @@ def read_file(path: Path) -> tuple[Description, dict[str, Tensor], int]:
     Raises ModelError, with the path, for a file that is not exactly one that write_file makes.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:  # what is no such file may be large, or never end
+            data = file.read(_DIGEST_AT)
+            data += file.read() if data[8:] == _BEGINNING else b""
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     if data[8:_DIGEST_AT] != _BEGINNING:
@@ -135,7 +144,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _parse(text: str | bytes) -> Any:
-    """Read JSON in which no key occurs twice."""
+    """Read JSON in which no key occurs twice and every number is finite."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -143,8 +152,13 @@ def _parse(text: str | bytes) -> Any:
             raise ModelError("a key occurs twice")
         return found
 
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ModelError(f"{number} is no finite number")
+        return float(number)
+
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
@@ -252,7 +266,6 @@ def _layer_from_dict(entries: Any) -> PackedLayer:
             and all(type(size) is int for size in shape)
             and _is_storage(storage)
             and isinstance(optional.get("mask"), dict | None)
-            and (optional.get("bank") is None or _is_bank(optional["bank"]))
         ):
             details: dict[str, Any] = {str(key): value for key, value in optional.items()}
             layer = PackedLayer(name, format, tuple(shape), Storage(**storage), **details)
@@ -270,30 +283,6 @@ def _is_storage(storage: dict[str, Any]) -> bool:
     )
 
 
-def _is_bank(bank: Any) -> bool:
-    match bank:
-        case {"sha256": str(), **rest} if not rest:
-            return True
-        case {
-            "sha256": str(),
-            "version": str(),
-            "seed": int(),
-            "key": str(),
-            "position": int(),
-            "families": [*families],
-            "groups": int(groups),
-            "scales": [*scales],
-            **rest,
-        } if not rest and groups >= 1:
-            known = get_args(Family)
-            return (
-                0 < len(families) == len(scales) <= 2
-                and all(family in known for family in families)
-                and all(isinstance(scale, float) and scale > 0 for scale in scales)
-            )
-    return False
-
-
 def _check_tensors(description: Description, tensors: dict[str, Tensor], size: int) -> None:
     """Raise ModelError unless every layer has its tensors, and the weights can be true."""
     names = [layer.name for layer in description.layers]
@@ -307,11 +296,13 @@ def _check_tensors(description: Description, tensors: dict[str, Tensor], size: i
             coded = layer.format != "float32" or name.endswith(".mask")
             if (stored.dtype == torch.uint8) != (coded and not name.endswith(".scales")):
                 raise ModelError(f"{name} has another type of values than its format")
-    weights = sum(torch.Size(layer.shape).numel() for layer in description.layers)
-    check_size(weights, size)
+    for name, value in tensors.items():
+        if value.is_floating_point() and not is_finite(value):
+            raise ModelError(f"{name} has values that are not finite")
+    check_size(sum(math.prod(layer.shape) for layer in description.layers), size)
 
 
 def check_size(weights: int, size: int) -> None:
     """Raise ModelError for a network of more weights than a file of so many bytes can hold."""
-    if weights > _WEIGHTS_PER_BYTE * size:
+    if weights > max(_WEIGHTS_PER_BYTE * size, _FEW_WEIGHTS):
         raise ModelError(f"its {size} bytes cannot hold a network of {weights} weights")

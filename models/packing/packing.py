@@ -14,6 +14,7 @@ from models.calls import ModelError
 from models.packing.file import Description, read_file, write_file
 from models.packing.remaining import (
     folded_norm,
+    is_finite,
     remaining_tensors,
     stored_float,
     without_quantizers,
@@ -27,6 +28,7 @@ from models.packing.weights import (
     encode_weight,
     weight_in,
 )
+from models.pattern_layers import FrozenConv2d
 from models.storage import FloatFormat, check_float_format, check_format
 from models.surgery import blueprint
 from models.tracing import weight_of
@@ -100,11 +102,15 @@ def pack(
             source = key
             if suffix in parameters and folded_norm(module) is None:
                 source = names.setdefault(id(parameters[suffix]), key)
-            used[key] = value = value.cpu()
+            used[key] = value = _checked(key, value.cpu())
             if source == key:
-                _add(tensors, {key: stored_float(_checked(key, value), rest)})
-            else:
+                _add(tensors, {key: stored_float(value, rest)})
+            elif torch.equal(used[source], value):
                 tied[key] = source
+            else:
+                raise ModelError(
+                    f"{name} shares its {suffix} with {source}, but uses another value"
+                )
     description = Description(_true_blueprint(model), tuple(layers), tied, metadata or {})
     return _write(Path(path), description, tensors)
 
@@ -141,7 +147,10 @@ def repack(
             target = weight.storage.possible(weights) or weight.storage.formats[0]
             if weight.values is None and target != "seed":
                 drawn = drawn or build_network(description, size)
-                weight = weight_in(packed.name, drawn.get_submodule(packed.name))
+                bank = dict(drawn.named_modules()).get(packed.name)
+                if not isinstance(bank, FrozenConv2d):
+                    raise ModelError(f"the network has no bank of patterns {packed.name}")
+                weight = weight_in(packed.name, bank)
                 check_bank(packed.name, packed.bank, weight.bank)
             layer, codes = encode_weight(weight, weights, rest)
             layers.append(layer)
@@ -187,7 +196,7 @@ def _checked(name: str, value: Tensor) -> Tensor:
     if value.dtype != torch.float32:
         kind = str(value.dtype).removeprefix("torch.")
         raise ModelError(f"{name} cannot be packed: it is {kind}; networks are packed in float32")
-    if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+    if not is_finite(value):
         raise ModelError(f"{name} cannot be packed: it has values that are not finite")
     return value
 

@@ -80,6 +80,11 @@ def fits_float16(values: Tensor) -> bool:
     return bool(((rounded - values).abs() <= allowed).all())
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether no value is infinite or NaN."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
 def stored_float(values: Tensor, rest: FloatFormat) -> Tensor:
     """Return float values in the form in which they are stored."""
     return values.half() if rest == "float16" and fits_float16(values) else values
@@ -101,14 +106,15 @@ def _scale_and_shift(norm: _Norm) -> tuple[Tensor, Tensor]:
     How torch rounds them depends on the processor (whether it multiplies and adds at once), so its
     own kernel is asked: beta is what it makes of zeros, and alpha, with mean and bias zero, what it
     makes of ones. On the CPU a norm that set_norm has given these terms then equals the original in
-    every bit, in either memory layout. On other devices, and where a compiler takes norms apart,
-    the two may differ in the last bit.
+    every bit where it reads contiguous or channels-last memory. For other strides, as of slices, on
+    other devices, and where a compiler takes norms apart, the last bit may differ.
     """
     assert norm.running_mean is not None and norm.running_var is not None
-    device = "meta" if norm.running_var.is_meta else "cpu"
-    mean, variance = norm.running_mean.to(device), norm.running_var.to(device)
-    weight = None if norm.weight is None else norm.weight.to(device)
-    bias = None if norm.bias is None else norm.bias.to(device)
+    if norm.running_var.is_meta:
+        return torch.empty_like(norm.running_mean), torch.empty_like(norm.running_var)
+    mean, variance = norm.running_mean.cpu(), norm.running_var.cpu()
+    weight = None if norm.weight is None else norm.weight.cpu()
+    bias = None if norm.bias is None else norm.bias.cpu()
     zeros = torch.zeros_like(mean)
     ones = torch.ones_like(mean).unsqueeze(0)
     alpha = functional.batch_norm(ones, zeros, variance, weight, None, eps=norm.eps)

@@ -31,10 +31,11 @@ def unpack(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """Return the folded network of a packed file: in eval mode, on the CPU, of plain layers.
 
     It gives on a CPU the very logits of models.fold(model) for the network that was packed, bit for
-    bit, if both lie in memory in the same way (contiguous, until told otherwise); a zero may have
-    lost its sign. With rest="float16" it gives nearly the same. The network is made by the
-    blueprint in the file, or it is a copy of `model`, built in the same way as the packed one, with
-    the weights of the file. Nothing in the file is executed. Raises ModelError.
+    bit, if both lie in memory in the same way (contiguous, until told otherwise) and no batch norm
+    reads a slice; a zero may have lost its sign. With rest="float16" it gives nearly the same. The
+    network is made by the blueprint in the file, or it is a copy of `model`, built in the same way
+    as the packed one, with the weights of the file. Nothing in the file is executed. Raises
+    ModelError.
     """
     path = Path(path)
     description, tensors, size = read_file(path)
@@ -65,12 +66,17 @@ def build_network(description: Description, size: int) -> nn.Module:
             "that is built like the packed one"
         )
     plain = build_without_data({**arguments, "method": "float", "blurpool": False})
-    check_size(sum(parameter.numel() for parameter in plain.parameters()), size)
+    check_size(_values_of(plain), size)
     network = build_without_data(arguments)
-    check_size(sum(parameter.numel() for parameter in network.parameters()), size)
+    check_size(_values_of(network), size)
     if any(layer.format == "seed" for layer in description.layers):
         network = create_model(**arguments)
     return network
+
+
+def _values_of(network: nn.Module) -> int:
+    """Return how many values a network holds, also in frozen banks."""
+    return sum(value.numel() for value in (*network.parameters(), *network.buffers()))
 
 
 def _fill(
@@ -139,8 +145,9 @@ def _fill_module(
     if weight is not None and weight.values is None:
         check_bank(name, weight.bank, weight_in(name, module).bank)
     elif isinstance(module, FrozenConv2d):
-        assert weight is not None
-        origin = dict(weight.bank or {})
+        if weight is None or weight.bank is None:
+            raise ModelError(f"{name} has a bank of patterns, and the file has another weight")
+        origin = dict(weight.bank)
         sha256 = bytes.fromhex(origin.pop("sha256"))
         module.set_bank(parameter("weight").data, origin, sha256)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +18,11 @@ from models.packing.banks import (
     encode_patterns,
     filter_scales,
     has_pattern_codes,
+    is_bank,
+    patterns_in,
 )
-from models.packing.codebook import CODEBOOKS, Codebook, find_codebook, values_of
-from models.packing.codes import (
-    decode_digits,
-    decode_values,
-    encode_digits,
-)
+from models.packing.codebook import Codebook, find_codebook, fitting_codebooks, values_of
+from models.packing.codes import decode_digits, decode_values, encode_digits
 from models.packing.masks import describe_mask, read_mask
 from models.packing.remaining import stored_float
 from models.pattern_layers import FrozenConv2d
@@ -115,8 +112,6 @@ def weight_in(name: str, module: nn.Module) -> Weight:
     storage = Storage("float32", values.numel()) if layer is None else layer.weight_storage()
     values = values.detach().cpu().contiguous()
     bank = None
-    if storage.frozen:
-        bank = {"sha256": hashlib.sha256(values.numpy().tobytes()).hexdigest()}
     if isinstance(module, FrozenConv2d):
         bank = {"sha256": bytes(module.bank_sha256.tolist()).hex(), **(module.origin or {})}
     weight = Weight(name, tuple(values.shape), storage, values, bank=bank)
@@ -143,7 +138,9 @@ def _encode(
 ) -> tuple[PackedLayer, dict[str, Tensor]]:
     storage, values = weight.storage, weight.values
     stored: dict[str, Tensor] = {}
-    codebook = None
+    codebook = patterns = None
+    if weight.bank is not None and values is not None:
+        patterns = patterns_in(values, weight.bank)
     if format != "seed":
         if values is None:
             raise ModelError(f"{format} needs the values that its seed stands for")
@@ -154,11 +151,11 @@ def _encode(
             is_any_float = storage.levels is None and not storage.frozen
             stored["weight"] = stored_float(kept, rest if is_any_float else "float32")
         elif format == "patterns" and has_pattern_codes(weight.bank):
-            assert weight.bank is not None
-            patterns = values / filter_scales(weight.bank, weight.shape)
-            codes = encode_patterns(patterns.to(torch.int8).numpy(), weight.bank)
-            stored["weight"] = torch.from_numpy(codes)
+            assert weight.bank is not None and patterns is not None
+            stored["weight"] = torch.from_numpy(encode_patterns(patterns, weight.bank))
         else:
+            if patterns is not None:
+                values = torch.from_numpy(patterns).float()
             codebook, scales, codes = _encode_digits(weight, values, _code_of(format, storage))
             stored["weight"] = torch.from_numpy(codes)
             if len(scales):
@@ -186,8 +183,6 @@ def _encode_digits(
 ) -> tuple[Codebook, Tensor, np.ndarray[Any, np.dtype[np.uint8]]]:
     storage, filters = weight.storage, weight.shape[0]
     assert storage.levels is not None
-    if storage.frozen:
-        values = values / filter_scales(weight.bank, weight.shape)
     mask = None if weight.mask is None else weight.mask.view(filters, -1)
     codebook, scales, digits = find_codebook(
         values.reshape(filters, -1), mask, storage.levels, storage.scales
@@ -205,6 +200,11 @@ def decode_weight(layer: PackedLayer, tensors: dict[str, Tensor]) -> Weight:
         if int(mask.count_nonzero()) != layer.storage.count:
             raise ModelError(f"{layer.name} has a mask that keeps another number of weights")
     values = None if layer.format == "seed" else _decode(layer, tensors, mask)
+    if layer.bank is not None and values is not None:
+        try:
+            patterns_in(values, layer.bank)
+        except ModelError as error:
+            raise ModelError(f"{layer.name} is damaged: {error}") from None
     return Weight(
         layer.name, layer.shape, layer.storage, values, mask, layer.mask, mask_bytes, layer.bank
     )
@@ -217,7 +217,7 @@ def _decode(layer: PackedLayer, tensors: dict[str, Tensor], mask: Tensor | None)
     if layer.format == "patterns" and has_pattern_codes(layer.bank):
         assert layer.bank is not None
         patterns = torch.from_numpy(decode_patterns(stored.numpy(), layer.bank, layer.shape))
-        return patterns * filter_scales(layer.bank, layer.shape)
+        return patterns * filter_scales(layer.bank, layer.shape[0])
     assert layer.codebook is not None and layer.storage.levels is not None
     scales = tensors.get(f"{layer.name}.weight.scales", torch.empty(0))
     table = values_of(layer.codebook, layer.storage.levels, scales, layer.shape[0])
@@ -237,7 +237,7 @@ def _decode(layer: PackedLayer, tensors: dict[str, Tensor], mask: Tensor | None)
             values.masked_fill_(~mask, 0.0)
     if values.isnan().any():
         raise ModelError(f"{layer.name} has codes that stand for no value")
-    return values * filter_scales(layer.bank, layer.shape) if layer.storage.frozen else values
+    return values if layer.bank is None else values * filter_scales(layer.bank, layer.shape[0])
 
 
 def _spread(kept: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -259,12 +259,16 @@ def check_layer(layer: PackedLayer) -> None:
         and layer.format in storage.formats
         and 0 <= storage.count <= entries
         and (layer.mask is not None or (storage.count == entries and not storage.bank_bits))
-        and (layer.mask is None or len(layer.shape) == 4)
+        and (layer.mask is None or (len(layer.shape) == 4 and not storage.frozen))
+        and (is_bank(layer.bank, layer.shape) if storage.frozen else layer.bank is None)
     )
-    digits = layer.format in CODES or (
-        layer.format == "patterns" and not has_pattern_codes(layer.bank)
-    )
-    if not sound or (layer.codebook in CODEBOOKS) != digits:
+    possible: list[Codebook | None] = [None]
+    if sound and (
+        layer.format in CODES or (layer.format == "patterns" and not has_pattern_codes(layer.bank))
+    ):
+        levels = storage.levels or 0
+        possible = [*fitting_codebooks(levels, storage.scales, layer.shape[0])]
+    if not sound or layer.codebook not in possible:
         raise ModelError(f"{layer.name} is described as no weight can be")
 
 

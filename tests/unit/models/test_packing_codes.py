@@ -210,7 +210,7 @@ def test_pattern_codes_take_the_bits_that_they_state_and_give_the_bank(
         if not set(bank.origin["families"]) <= {"lbp", "haar"}:
             continue
         coded += 1
-        scales = filter_scales(bank.origin, bank.weight.shape)
+        scales = filter_scales(bank.origin, len(bank.weight))
         patterns = (bank.weight / scales).to(torch.int8).numpy()
         codes = encode_patterns(patterns, bank.origin)
         bits = bank.weight_storage().code_bits

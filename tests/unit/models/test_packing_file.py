@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from models import ModelError, create_model, pack, read_packed, unpack
+from models.packing.file import check_size
 
 ROOT = Path(__file__).parents[3]
 
@@ -213,11 +214,41 @@ DESCRIPTIONS: dict[str, tuple[Change, str]] = {
     ),
     "a bank of unknown patterns": (
         lambda d: bank(d).update(families=["gabor"]),
-        "in another way than layers are",
+        "is described as no weight can be",
     ),
     "a bank without groups": (
         lambda d: bank(d).update(groups=0),
-        "in another way than layers are",
+        "is described as no weight can be",
+    ),
+    "a bank that is a digest alone": (
+        lambda d: d["layers"][0].update(bank={"sha256": "00" * 32}),
+        "is described as no weight can be",
+    ),
+    "a digest that is none": (
+        lambda d: bank(d).update(sha256="zz" * 32),
+        "is described as no weight can be",
+    ),
+    "a frozen weight that comes from nowhere": (
+        lambda d: d["layers"][0].pop("bank"),
+        "is described as no weight can be",
+    ),
+    "a shape whose product is zero in 64 bits": (
+        lambda d: d["layers"][0].update(
+            shape=[2**32, 2**30, 2, 2], storage={**d["layers"][0]["storage"], "count": 2**64}
+        ),
+        "cannot hold a network of 18446744073709",
+    ),
+    "another codebook than the scales have": (
+        lambda d: d["layers"][1].update(codebook="magnitudes by filter"),
+        "is described as no weight can be",
+    ),
+    "metadata that is no number": (
+        lambda d: d["metadata"].update(top1=float("nan")),
+        "NaN is no finite number",
+    ),
+    "metadata without bounds": (
+        lambda d: d["metadata"].update(top1=float("inf")),
+        "Infinity is no finite number",
     ),
 }
 
@@ -247,6 +278,10 @@ UNPACKED: dict[str, tuple[Change, str]] = {
         lambda d: d["blueprint"].update(num_classes=10**9),
         "cannot hold a network of",
     ),
+    "a bank of too many channels": (  # 24,000 weights in the float network, 225 million in the bank
+        lambda d: d["blueprint"].update(in_channels=3000),
+        "cannot hold a network of",
+    ),
     "an unknown network": (
         lambda d: d["blueprint"].update(backbone="os.system"),
         "cannot read 'os.system'",
@@ -258,7 +293,10 @@ UNPACKED: dict[str, tuple[Change, str]] = {
     "another network": (lambda d: d["blueprint"].update(backbone="resnet20"), "the file has no"),
     "another method": (lambda d: d["blueprint"].update(method="float"), "the file has no|another"),
     "another seed of the patterns": (lambda d: bank(d).update(seed=1), "patterns of seed 1, but"),
-    "another digest of the patterns": (lambda d: bank(d).update(sha256="00"), "of sha256 00, but"),
+    "another digest of the patterns": (
+        lambda d: bank(d).update(sha256="00" * 32),
+        "of sha256 0000",
+    ),
 }
 
 
@@ -276,6 +314,130 @@ def test_a_forged_blueprint_builds_nothing(case: str, path: Path, tmp_path: Path
     assert most < 50e6
     assert str(caught.value).startswith(f"{file} cannot be unpacked: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module", params=["seed", "patterns", "2-bit"])
+def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = create_model("lenet5", "step", num_classes=3, in_channels=1, image_size=12)
+    file = tmp_path_factory.mktemp("coded") / "network.safetensors"
+    return pack(network, file, weights=request.param).path
+
+
+def test_a_bank_in_codes_is_the_one_of_its_digest(coded: Path, tmp_path: Path) -> None:
+    file = tmp_path / "hostile.safetensors"
+    for change, reason in (
+        (lambda d: bank(d).update(sha256="00" * 32), "SHA-256 0000|sha256 0000"),
+        (lambda d: bank(d).update(version="keyed-7"), "keyed-7|not those with the SHA-256"),
+        (lambda d: bank(d)["scales"].reverse(), "not those with the SHA-256|of scales"),
+    ):
+        file.write_bytes(forged(coded, in_description=change))
+        with pytest.raises(ModelError, match=reason):
+            unpack(file)
+
+
+@pytest.mark.parametrize(("kernel", "version"), [(100, "keyed-1"), (100, "original-1")])
+@pytest.mark.parametrize("family", ["haar", "lbp"])
+def test_codes_of_huge_kernels_take_no_memory(
+    family: str, kernel: int, version: str, tmp_path: Path
+) -> None:
+    network = create_model("lenet5", "step", num_classes=3, in_channels=1, image_size=12)
+    source = pack(network, tmp_path / "network.safetensors", weights="patterns").path
+
+    def enlarge(description: dict[str, Any]) -> None:
+        layer = description["layers"][0]
+        layer.update(shape=[1, 1, kernel, kernel])
+        layer["storage"]["count"] = kernel**2
+        layer["bank"].update(families=[family], scales=[1.0], version=version, groups=1)
+
+    file = tmp_path / "hostile.safetensors"
+    file.write_bytes(forged(source, in_description=enlarge))
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=r"not those with the SHA-256|there are no haar patterns"):
+        unpack(file)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5e6
+
+
+REPLACEMENTS: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**64,
+    0.5,
+    1e300,
+    "",
+    "ternary",
+    [],
+    [1],
+    {},
+]
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every entry of a JSON value, as its container and its key."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    found = [(value, key) for key in keys]
+    inner = [value[key] for key in keys if isinstance(value[key], dict | list)]
+    return found + [place for container in inner for place in places(container)]
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=80,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_whatever_a_description_says_it_is_read_or_refused(
+    data: st.DataObject, coded: Path, tmp_path: Path
+) -> None:
+    def spoil(description: dict[str, Any]) -> None:
+        container, key = data.draw(st.sampled_from(places(description)))
+        container[key] = data.draw(st.sampled_from(REPLACEMENTS))
+
+    file = tmp_path / "hostile.safetensors"
+    file.write_bytes(forged(coded, in_description=spoil))
+    for read in (read_packed, unpack):
+        try:
+            read(file)
+        except ModelError as error:
+            assert "\n" not in str(error)
+            assert str(error).startswith(str(file))
+
+
+def test_values_that_are_not_finite_are_refused(path: Path, tmp_path: Path) -> None:
+    header, _, tensors = parts(path)
+    start, _ = header["bn1.shift"]["data_offsets"]
+    broken = tensors[:start] + struct.pack("<f", float("nan")) + tensors[start + 4 :]
+    data = signed(json.dumps(header, separators=(",", ":")), broken)
+    assert "bn1.shift has values that are not finite" in refusal(data, tmp_path)
+
+
+def test_what_is_no_packed_network_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="/dev/zero is no packed network"):
+        read_packed("/dev/zero")
+
+
+def test_a_small_file_may_hold_large_banks_up_to_a_bound() -> None:
+    check_size(14_715_584, 40_000)  # vgg16 of unmixed banks and a ternary head
+    with pytest.raises(ModelError, match="40000 bytes cannot hold a network of 50000000 weights"):
+        check_size(50_000_000, 40_000)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"num_classes": 3, "in_channels": 1, "image_size": 12}
+    long_name = create_model("lenet5" + " " * 600, "ternary", **arguments)
+    network = create_model("lenet5", "ternary", **arguments)
+    twice: dict[Any, str] = {1: "a", "1": "b"}
+    for written, metadata in ((long_name, {}), (network, twice)):
+        with pytest.raises(ModelError, match="cannot be written, since none could read it"):
+            pack(written, tmp_path / "network.safetensors", metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_or_no_file_is_refused(tmp_path: Path) -> None:
