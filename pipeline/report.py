@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import models
+from pipeline.config import Tracking
 from pipeline.display import duration
 
 if TYPE_CHECKING:
@@ -207,10 +207,14 @@ def _add_places(table: Table, folder: Path, run_id: str | None, tracking_uri: st
         table.add_row("MLflow run", Text(f"{run_id} in {tracking_uri}"))
 
 
-def next_commands(tracking_uri: str | None, model: str | None) -> list[tuple[str, str]]:
+def next_commands(
+    tracking: Tracking, tracking_uri: str | None, model: str | None
+) -> list[tuple[str, str]]:
     """What to type to see a run and to use its model, with the Python that made them.
 
     Args:
+        tracking: settings of the run.
+        tracking_uri: MLflow store that they led to; None when tracking is off.
         model: URI in the registry; None when nothing was registered.
     """
     if tracking_uri is None:
@@ -220,10 +224,10 @@ def next_commands(tracking_uri: str | None, model: str | None) -> list[tuple[str
         see = f"{sys.executable} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(see)}"
     commands = [("see it", see)]
     if model is not None:
-        # JSON's double quotes, which the shell's single ones leave readable.
-        program = (
-            f"import mlflow; mlflow.set_tracking_uri({json.dumps(tracking_uri)}); "
-            f"model = mlflow.pytorch.load_model({json.dumps(model)}); print(model)"
-        )
-        commands.append(("use it", f"{sys.executable} -c {shlex.quote(program)}"))
+        name = model.removeprefix("models:/")
+        use = [sys.executable, sys.argv[0], "--predict", name, "IMAGE"]
+        default = Tracking()
+        if (tracking.uri, tracking.runs) != (default.uri, default.runs):
+            use.append(f"tracking.uri={tracking_uri}")
+        commands.append(("use it", shlex.join(use)))
     return commands

@@ -267,7 +267,7 @@ def _why_unprepared(experiment: Experiment, name: str) -> str | None:
     if experiment.data.synthetic:
         return "data.synthetic"
     dataset = get_dataset(experiment.dataset)
-    if dataset.reader == "digits":
+    if dataset.reader == "digits" and name != "max_per_class":
         return f"dataset={experiment.dataset}, whose images are built in"
     if name == "root" and experiment.data.raw is not None:
         return f"data.raw={experiment.data.raw}"

@@ -20,6 +20,7 @@ from pipeline.failures import TrainingError
 from pipeline.loop import build_model
 from pipeline.materials import Materials, gather, rate_note
 from pipeline.registry.versions import CANDIDATE
+from pipeline.weights import NO_SOURCES, Sources
 
 if TYPE_CHECKING:
     from data_prep import Manifest
@@ -41,6 +42,7 @@ class Result:
         kept_epoch: whose weights these are, from 1: the best on held-out images, or the last.
         evaluation: of these weights on the test split.
         profile: parameters, MACs and stored bytes of the network.
+        sources: weights from elsewhere that it began with.
         hardware: workers and devices that trained it.
         seconds: wall time of this process's part of the run, without the preparation.
         tracking_uri: MLflow store; None when tracking is off.
@@ -58,6 +60,7 @@ class Result:
     profile: Profile
     hardware: str
     seconds: float
+    sources: Sources = NO_SOURCES
     tracking_uri: str | None = None
     run_id: str | None = None
     model: RegisteredModel | None = None
@@ -247,6 +250,7 @@ class _Run:
             profile=models.profile(model, inputs.evaluation_size(experiment.train, self.manifest)),
             hardware=self.hardware,
             seconds=time.monotonic() - self.started,
+            sources=self.sources,
         )
         if self.tracker is None:
             return result

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 from data_prep.datasets import get_dataset
 from pipeline import report
 from pipeline.preprocessing import Preprocessing
+from pipeline.registry.versions import short_commit
 
 if TYPE_CHECKING:
     from models import Profile
     from pipeline.config import Experiment, Recipe
     from pipeline.seeds import Spread
     from pipeline.stages import Result
+
+LONGEST_DESCRIPTION = 5000  # characters, MLflow's limit
+
+#: Stands for the number of the version, which is known only when the card has been stored.
+_NUMBER = "VERSION"
 
 #: Class names that the card shows; a version has all of them in ``preprocessing.json``.
 _MOST_CLASSES = 12
@@ -30,17 +36,17 @@ def model_card(result: Result, run_id: str, commit: str | None) -> str:
 
     Args:
         run_id: MLflow run.
-        commit: of this project's code; None where it is not known.
+        commit: of this project's code, see ``Registration``; None where it is not known.
     """
     experiment, evaluation = result.experiment, result.evaluation
     low, high = evaluation.interval
     top5 = "" if evaluation.top5 is None else f", top-5 {evaluation.top5:.2f} %"
-    code = "" if commit is None else f", code {commit[:12]}"
+    code = "" if commit is None else f", code {short_commit(commit)}"
     sections = [
         f"# {experiment.name}",
         f"{report.network_text(experiment.backbone)} with method `{experiment.method}`, trained on "
-        f"{get_dataset(experiment.dataset).title}. {report.parameters_text(result.profile)} "
-        f"parameters, {result.profile.macs:,} multiply-accumulates per image.",
+        f"{_title(experiment)}. {report.parameters_text(result.profile)} parameters, "
+        f"{result.profile.macs:,} multiply-accumulates per image.",
         "## Accuracy",
         f"Top-1 **{evaluation.top1:.2f} %** of {evaluation.images:,} test images (95 % interval "
         f"{low:.2f} to {high:.2f} %){top5}, cross-entropy {evaluation.loss:.4f}."
@@ -59,13 +65,25 @@ def model_card(result: Result, run_id: str, commit: str | None) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def description(card: str, number: str) -> str:
+    """The card of the version with this number, as long as MLflow lets a description be."""
+    return card.replace(f"/{_NUMBER}", f"/{number}")[:LONGEST_DESCRIPTION]
+
+
 def with_seeds(card: str, spread: Spread, count: int) -> str:
-    """The card with the mean and deviation over several seeds, once."""
-    body = card.partition(_SEEDS)[0]
-    return (
-        f"{body}{_SEEDS}\nTop-1 over {count} seeds: {spread.mean:.2f} ± {spread.deviation:.2f} % "
+    """The description with the mean and deviation over several seeds, once."""
+    seeds = (
+        f"{_SEEDS}\nTop-1 over {count} seeds: {spread.mean:.2f} ± {spread.deviation:.2f} % "
         "(mean and sample standard deviation).\n"
     )
+    return card.partition(_SEEDS)[0][: LONGEST_DESCRIPTION - len(seeds)] + seeds
+
+
+def _title(experiment: Experiment) -> str:
+    title = get_dataset(experiment.dataset).title
+    if experiment.data.synthetic is None:
+        return title
+    return f"**made-up images** in the form of {title}"
 
 
 def _use(name: str, result: Result) -> str:
@@ -74,12 +92,13 @@ def _use(name: str, result: Result) -> str:
     mean, std = json.dumps(prepared["mean"]), json.dumps(prepared["std"])
     return f"""With this project, on image files as they are:
 
-    python run.py --predict models:/{name}@candidate IMAGE_OR_FOLDER
+    python run.py --predict models:/{name}/{_NUMBER} IMAGE_OR_FOLDER
 
-With torch and MLflow alone, on prepared images, {prepared["input"]}:
+With torch and MLflow alone, on prepared images, {prepared["input"]}; from a registry that you
+trust, for torch runs code that such a file may hold:
 
     import mlflow
-    model = mlflow.pytorch.load_model("models:/{name}@candidate")
+    model = mlflow.pytorch.load_model("models:/{name}/{_NUMBER}")
     logits = model(images)
 
 Preparation: {prepared["resize"]}; {prepared["scale"]}; minus mean {mean}, divided by standard
@@ -117,10 +136,13 @@ def _sizes(profile: Profile) -> str:
 def _data(result: Result) -> str:
     dataset, counts = get_dataset(result.experiment.dataset), result.manifest.counts
     images = " + ".join(f"{count:,} {split}" for split, count in counts.items())
-    return (
-        f"{dataset.title}: {images} images, fingerprint {result.manifest.fingerprint[:16]}. "
-        f"License: {dataset.license}. Source: {dataset.source}."
+    text = (
+        f"Trained and tested on {_title(result.experiment)}: {images} images, fingerprint "
+        f"{result.manifest.fingerprint[:16]}."
     )
+    if result.experiment.data.synthetic is not None:
+        return text
+    return f"{text} License: {dataset.license}. Source: {dataset.source}."
 
 
 def _recipe(recipe: Recipe, result: Result) -> str:
@@ -129,16 +151,17 @@ def _recipe(recipe: Recipe, result: Result) -> str:
     if recipe.warmup_epochs:
         schedule += f" (warm-up: {recipe.warmup_epochs:g} of the epochs)"
     changes = ", ".join(_augmentations(recipe)) or "none"
-    begun = result.experiment.init_from
+    begun, teacher = result.sources.initial, result.sources.teacher
     parts = [
         f"{recipe.optimizer}, learning rate {recipe.lr:g}, {schedule}, weight decay "
         f"{recipe.weight_decay:g}, batches of {recipe.batch_size:,}, {recipe.loss}, "
         f"{recipe.precision}, seed {result.experiment.seed}.",
         f"Epochs: {report.epochs_text(result)}.",
         f"Augmentation: {changes}.",
-        f"Begun with {begun}." if begun else "",
-        f"Teacher: {recipe.teacher}." if recipe.teacher else "",
+        f"Begun with {begun.origin}." if begun else "",
+        f"Teacher: {teacher.origin}." if teacher else "",
         f"Kept are averaged weights (decay {recipe.ema_decay:g})." if recipe.ema_decay else "",
+        "All settings: `experiment.yaml`.",
     ]
     return " ".join(part for part in parts if part)
 

@@ -17,6 +17,7 @@ from pipeline.registry.versions import (
     list_versions,
     parse_reference,
     read_predictions,
+    short_commit,
 )
 from pipeline.runlist import setting_text
 from pipeline.settings import load_yaml
@@ -45,12 +46,16 @@ def list_models(store: TrackingStore, pattern: str = "*") -> Table:
     if not versions:
         what = "" if pattern == "*" else f" whose name matches {pattern!r}"
         raise PipelineError(f"{store.uri} has no registered model{what}; train one first")
-    titles = ("model", "alias", "top-1 (95 %)", "bytes", "method", "data", "registered")
+    # The name says data and method; with more columns a line would not fit on a screen.
     table = Table(
-        *titles, box=SIMPLE, title=f"{len(versions)} in {store.uri}", title_justify="left"
+        *("model", "alias", "top-1 (95 %)", "bytes", "registered"),
+        box=SIMPLE,
+        title=f"{len(versions)} in {store.uri}",
+        title_justify="left",
+        collapse_padding=True,
     )
     for column in table.columns:
-        column.no_wrap = column.header in ("model", "top-1 (95 %)", "bytes")
+        column.no_wrap = True
         column.justify = "right" if column.header == "bytes" else "left"
     for version in versions:
         row = (
@@ -58,8 +63,6 @@ def list_models(store: TrackingStore, pattern: str = "*") -> Table:
             "\n".join(version.aliases),
             _accuracy(version),
             _number(version, "stored_bytes"),
-            _tag(version, "method"),
-            _tag(version, "dataset"),
             f"{version.created:%Y-%m-%d}",
         )
         table.add_row(*map(Text, row))
@@ -92,8 +95,8 @@ def compare(store: TrackingStore, a: str, b: str) -> Table:
     for title, key in (("MACs", "macs"), ("parameters", "parameters")):
         rows.append((title, *(_number(version, key) for version in (first, second))))
     rows += [(f"{key} =", *values) for key, *values in _setting_differences(first, second, store)]
-    for title, key in (("data", "data.fingerprint"), ("code", "git_commit")):
-        rows.append((title, *(_tag(version, key)[:12] for version in (first, second))))
+    rows.append(("data", *(_tag(each, "data.fingerprint")[:12] for each in (first, second))))
+    rows.append(("code", *(short_commit(_tag(each, "git_commit")) for each in (first, second))))
     rows.append(("run", *(version.run_id or _NOT_SAID for version in (first, second))))
     rows.append(("registered", *(f"{each.created:%Y-%m-%d %H:%M}" for each in (first, second))))
     for row in rows:

@@ -3,21 +3,28 @@
 A version becomes champion if it classifies more of the same test images right, by a paired test.
 The alias `champion` is moved, and the move is logged in tags: on the version that became champion
 `champion.since` (UTC) and `champion.from` (the version before, the figures, and who forced it), on
-the registered model `champion.moved` (the last move).
+the registered model `champion.moved` (the last move). Whoever moves or deletes the alias by hand
+has the last word: what counts is where it points.
 
-MLflow cannot move an alias on condition that nobody else has. So a version that is to become
-champion first says so in its tags, over which champion. Whoever has moved the alias then reads who
-else says so over the same champion, and moves it to the one that all of them agree on: of those
-versions, by number, each takes the place of the one before only if it is significantly better. The
-last one to move the alias has read them all, so that it ends where a comparison one by one had put
-it. A process that dies between its tags and the alias has moved nothing; its run, when continued,
-asks again.
+Two runs may finish at once, and MLflow cannot move an alias on condition that nobody else has: both
+would compare themselves with the same champion, and the last one to move the alias would win. So
+
+1. a version that is to become champion first says so in its tags, and over which champion
+   (`champion.over`), and only then moves the alias;
+2. whoever has moved it reads who else has said so over the same champion, within minutes, and moves
+   it to the one that they all agree on: of those versions, by number, each takes the place of the
+   one before only if it is significantly better.
+
+The last one to move the alias has read them all, so that it ends where a comparison one by one had
+put it. A process that dies between its tags and the alias has moved nothing; its run, when
+continued, asks again.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config import PipelineError
@@ -40,6 +47,10 @@ SIGNIFICANCE = 0.05
 
 _SINCE, _FROM, _OVER = "champion.since", "champion.from", "champion.over"
 _MOVED = "champion.moved"
+
+#: Seconds within which two may have become champion without knowing of each other. A claim of
+#: before is history: since then somebody may have moved the alias back by hand.
+_MEANWHILE = 300
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ def consider(store: TrackingStore, name: str, number: int) -> str:
     if champion is None:
         return _move(store, version, None, "the first one")
     if champion.number == number:  # also when the process before was killed in the middle
-        return _settle(store, version, version.tags.get(_OVER))
+        return _settle(store, version)
     verdict = _judge(version, champion, store)
     if verdict.better:
         return _move(store, version, champion, verdict.text)
@@ -95,11 +106,11 @@ def promote(store: TrackingStore, reference: str, force: bool, by: str) -> str:
         raise PipelineError(f"{version} was trained on made-up images, so it cannot be champion")
     champion = _champion(version.name, store)
     if champion is None:
-        return _move(store, version, None, f"the first one, asked for by {by}")
+        return _move(store, version, None, f"the first one, asked for by {by}", final=True)
     if champion.number == version.number:
         return f"champion of {version.name} is version {version.number} already"
     if force:
-        return _move(store, version, champion, f"forced by {by}", forced=True)
+        return _move(store, version, champion, f"forced by {by}", final=True)
     verdict = _judge(version, champion, store)
     if not verdict.better:
         raise PipelineError(
@@ -136,18 +147,22 @@ def p_value(p: float) -> str:
 
 
 def _move(
-    store: TrackingStore, version: Version, champion: Version | None, why: str, forced: bool = False
+    store: TrackingStore, version: Version, champion: Version | None, why: str, final: bool = False
 ) -> str:
-    """Log the move, make it, and see to it that others who moved it meanwhile agree."""
-    over = _reign(champion)
+    """Log the move, make it, and see to it that others who moved the alias meanwhile agree.
+
+    Args:
+        final: somebody has decided it; nobody else is asked.
+    """
     origin = "none" if champion is None else f"version {champion.number}"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    tags = {_SINCE: now, _FROM: f"{origin}: {why}", _OVER: "" if forced else over}
+    over = "" if final else _reign(champion)
+    tags = {_SINCE: now, _FROM: f"{origin}: {why}", _OVER: over}
     with store_errors(f"cannot make {version} the champion in {store.uri}"):
         for key, value in tags.items():
             store.client.set_model_version_tag(version.name, str(version.number), key, value)
         store.client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
-    return _settle(store, version, tags[_OVER])
+    return _settle(store, version)
 
 
 def _reign(champion: Version | None) -> str:
@@ -157,40 +172,52 @@ def _reign(champion: Version | None) -> str:
     return f"{champion.number} since {champion.tags.get(_SINCE, 'ever')}"
 
 
-def _settle(store: TrackingStore, version: Version, over: str | None) -> str:
-    """Let the champion be the one that all agree on who became champion over the same one.
+def _settle(store: TrackingStore, version: Version) -> str:
+    """Let the champion be the one that all agree on who became champion at once.
 
     Args:
-        version: that the alias points to.
-        over: the champion before, see ``_reign``; None or empty where nothing is to be agreed on.
+        version: to which the alias has been moved.
 
     Returns:
         A line that says which version is champion, and why.
     """
-    name, winner = version.name, version
+    name, winner = version.name, version.number
     while True:
         everyone = {each.number: each for each in versions_of(name, store)}
-        agreed = _agreed(list(everyone.values()), over, store) if over else None
-        if agreed is None or agreed.number == winner.number:
+        agreed = _agreed(everyone, version.number, store)
+        if agreed == winner:
             break
         winner = agreed
-        with store_errors(f"cannot make {winner} the champion in {store.uri}"):
-            store.client.set_registered_model_alias(name, CHAMPION, str(winner.number))
-    tags = everyone[winner.number].tags
+        with store_errors(f"cannot make version {winner} of {name} the champion in {store.uri}"):
+            store.client.set_registered_model_alias(name, CHAMPION, str(winner))
+    tags = everyone[winner].tags
     why = tags.get(_FROM, "unknown")
     with store_errors(f"cannot log the champion of {name} in {store.uri}"):
-        moved = f"{tags.get(_SINCE, 'ever')}: to version {winner.number} from {why}"
+        moved = f"{tags.get(_SINCE, 'ever')}: to version {winner} from {why}"
         store.client.set_registered_model_tag(name, _MOVED, moved)
-    return f"champion is version {winner.number}, was {why}"
+    return f"champion is version {winner}, was {why}"
 
 
-def _agreed(versions: Sequence[Version], over: str, store: TrackingStore) -> Version | None:
-    """The champion of all versions that became champion over the same one, by number."""
-    before = {str(version.number): version for version in versions}
-    winner = before.get(over.split(" ")[0])
-    for version in versions:
-        if version.tags.get(_OVER) == over and (
-            winner is None or _judge(version, winner, store).better
-        ):
-            winner = version
-    return winner
+def _agreed(everyone: Mapping[int, Version], number: int, store: TrackingStore) -> int:
+    """The champion of all versions that became champion over the same one as this one did."""
+    version = everyone[number]
+    over = version.tags.get(_OVER)
+    if not over:
+        return number
+    before = over.split(" ")[0]
+    winner = next((each for each in everyone.values() if str(each.number) == before), None)
+    for each in everyone.values():
+        apart = abs(_became_champion(each) - _became_champion(version))
+        if each is not version and (each.tags.get(_OVER) != over or not apart < _MEANWHILE):
+            continue
+        if winner is None or _judge(each, winner, store).better:
+            winner = each
+    return number if winner is None else winner.number
+
+
+def _became_champion(version: Version) -> float:
+    """When it did, or was about to, in seconds since 1970; minus infinity if it never was."""
+    try:
+        return datetime.datetime.fromisoformat(version.tags.get(_SINCE, "")).timestamp()
+    except ValueError:
+        return -math.inf

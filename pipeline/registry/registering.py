@@ -40,6 +40,7 @@ from pipeline.registry.artifact import (
     refuse_pickled_code,
     save_training,
 )
+from pipeline.registry.card import description
 from pipeline.registry.registration import Registration
 from pipeline.registry.versions import CANDIDATE, EXPERIMENT, PACKED, PREDICTIONS
 from pipeline.stores import TrackingStore, is_away, reason, store_errors
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the logits, against the largest one (at least 1)
-LONGEST_DESCRIPTION = 5000  # characters, MLflow's limit
 #: Notes what was created, and how and with which arguments it is deleted.
 Undo = Callable[..., None]
 
@@ -115,7 +115,7 @@ def register(
             if not _is_stored(store, name, number, folder):
                 raise PipelineError(f"version {number} of {name} was not stored as it was sent")
             version = _Version(number, logged.model_id)
-        _publish(store.client, name, version, run_id, alias)
+        _publish(store.client, registration, version, alias)
         sizes = [Path(folder, file).stat().st_size for file in (PROGRAM, PACKED)]
     return RegisteredModel(name, int(version.number), f"models:/{name}@{alias}", *sizes)
 
@@ -169,10 +169,15 @@ def _is_stored(store: TrackingStore, name: str, number: str, folder: Path) -> bo
         return digests(Path(fetched)) == digests(folder)
 
 
-def _publish(client: MlflowClient, name: str, version: _Version, run_id: str, alias: str) -> None:
-    """Name the version as what its run gave, and let the alias point to it, but never back."""
+def _publish(
+    client: MlflowClient, registration: Registration, version: _Version, alias: str
+) -> None:
+    """Describe the version, name it as what its run gave, and move the alias, but never back."""
     from mlflow.entities import LoggedModelOutput
 
+    name, run_id = registration.name, registration.run_id
+    text = description(registration.model_card, version.number)
+    client.update_model_version(name, version.number, text)
     outputs = client.get_run(run_id).outputs
     named = [] if outputs is None else [output.model_id for output in outputs.model_outputs]
     if version.model_id not in named:
@@ -351,7 +356,6 @@ def _create_version(
         logged.artifact_location,
         logged.source_run_id,
         tags=dict(tags),
-        description=registration.model_card[:LONGEST_DESCRIPTION],
         model_id=logged.model_id,
     )
     number = str(version.version)

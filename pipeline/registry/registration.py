@@ -17,7 +17,7 @@ from pipeline.stores import TrackingStore, store_errors
 if TYPE_CHECKING:
     from pipeline.stages import Result
 
-_COMMIT_TAG = "mlflow.source.git.commit"
+_COMMIT_TAG, _DIRTY_TAG = "mlflow.source.git.commit", "git.dirty"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ class Registration:
         experiment, evaluation, manifest = result.experiment, result.evaluation, result.manifest
         with store_errors(f"cannot read run {run_id} in {store.uri}"):
             # Of the code that the training began with, whatever continued it.
-            commit = store.client.get_run(run_id).data.tags.get(_COMMIT_TAG)
+            tags = store.client.get_run(run_id).data.tags
+        commit = tags.get(_COMMIT_TAG)
+        if commit is not None and tags.get(_DIRTY_TAG) == "true":
+            commit += "-dirty"  # as git describe writes what was changed since
         prepared = Preprocessing.of(experiment, manifest)
         return cls(
             name=experiment.name,

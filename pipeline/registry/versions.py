@@ -97,6 +97,12 @@ def parse_reference(text: str) -> Reference:
     return Reference(short[1], int(wanted) if is_number else wanted)
 
 
+def short_commit(commit: str) -> str:
+    """A commit of git as far as people need it; whether something was changed since stays."""
+    digits, dash, changed = commit.partition("-")
+    return f"{digits[:12]}{dash}{changed}"
+
+
 def find_version(reference: Reference, store: TrackingStore) -> Version:
     """The version that a reference means.
 

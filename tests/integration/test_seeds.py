@@ -135,6 +135,7 @@ def test_the_card_of_that_version_has_mean_and_deviation(experiment, finished):
     client = MlflowClient(experiment.tracking.uri)
     first, second = (client.get_model_version(NAME, number) for number in ("1", "2"))
     spread = finished.spreads["top1"]
+    assert first.description is not None and second.description is not None
     assert f"over 2 seeds: {spread.mean:.2f} ± {spread.deviation:.2f} %" in first.description
     assert float(first.tags["top1_mean"]) == pytest.approx(spread.mean, rel=1e-5)
     assert "Other seeds" not in second.description

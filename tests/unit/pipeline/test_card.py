@@ -13,10 +13,10 @@ import models
 from pipeline.evaluate import Evaluation
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
-from pipeline.registry.card import model_card, with_seeds
-from pipeline.registry.registering import LONGEST_DESCRIPTION
+from pipeline.registry.card import LONGEST_DESCRIPTION, description, model_card, with_seeds
 from pipeline.seeds import Spread
 from pipeline.stages import Result
+from pipeline.weights import NO_SOURCES, Sources, Weights
 
 HISTORY = [{"train_loss": 1.0, "validation_top1": 80.0, "images_per_second": 9.0}]
 
@@ -28,7 +28,7 @@ def manifest(tmp_path_factory):
     )
 
 
-def result(manifest, name: str, *words: str) -> Result:
+def result(manifest, name: str, *words: str, sources: Sources = NO_SOURCES) -> Result:
     experiment = load_experiment(name, [*words])
     return Result(
         experiment=experiment,
@@ -40,6 +40,7 @@ def result(manifest, name: str, *words: str) -> Result:
         profile=models.profile(build_model(experiment, manifest), 32),
         hardware="1 CPU worker, gloo",
         seconds=61.0,
+        sources=sources,
     )
 
 
@@ -52,8 +53,8 @@ def test_it_says_what_how_good_how_large_how_to_use_it_and_where_it_ends(manifes
         "method `ternary`",
         "Top-1 **100.00 %** of 40 test images (95 % interval 91.24 to 100.00 %)",
         f"{profile.macs:,} multiply-accumulates",
-        "run.py --predict models:/digits_lenet5_ternary@candidate",
-        'mlflow.pytorch.load_model("models:/digits_lenet5_ternary@candidate")',
+        "run.py --predict models:/digits_lenet5_ternary/VERSION",
+        'mlflow.pytorch.load_model("models:/digits_lenet5_ternary/VERSION")',
         "minus mean [0.3058], divided by standard\ndeviation [0.3237]",
         f"**{profile.stored_bytes:,}**",
         "License: CC BY 4.0",
@@ -83,11 +84,40 @@ def test_the_bytes_of_all_schemes_add_up(manifest):
         (["data.max_per_class=5"], "at most 5 images per class"),
         (["train.validation=4"], "chosen on held-out training images"),
         (["train.ema_decay=0.99"], "averaged weights (decay 0.99)"),
-        (["train.teacher=models:/t@champion"], "Teacher: models:/t@champion."),
     ],
 )
 def test_what_sets_this_training_apart_is_said(manifest, words, text):
     assert text in model_card(result(manifest, "digits_lenet5", *words), "0", None)
+
+
+def test_made_up_images_are_not_said_to_be_the_data_set_or_under_its_license(manifest):
+    card = model_card(result(manifest, "digits_lenet5", "data.synthetic=[16,8]"), "0", None)
+    title = data_prep.get_dataset("digits").title
+    assert card.count(title) == card.count(f"**made-up images** in the form of {title}") == 2
+    assert "License" not in card
+    assert "Source" not in card
+
+
+def test_weights_from_elsewhere_are_named_by_the_version_that_an_alias_was_then(manifest):
+    begun, teacher = (
+        Weights(f"models:/{name}@champion", f"models:/{name}@champion (version 3)", Path(), "")
+        for name in ("start", "teacher")
+    )
+    card = model_card(result(manifest, "digits_lenet5", sources=Sources(begun, teacher)), "0", None)
+    assert "Begun with models:/start@champion (version 3)." in card
+    assert "Teacher: models:/teacher@champion (version 3)." in card
+
+
+def test_code_that_differs_from_its_commit_is_said_to(manifest):
+    commit = "fedcba9876543210fedcba9876543210fedcba98-dirty"
+    card = model_card(result(manifest, "digits_lenet5"), "0123", commit)
+    assert "MLflow run 0123, code fedcba987654-dirty." in card
+
+
+def test_the_description_of_a_version_names_that_version_whatever_alias_it_has_later(manifest):
+    text = description(model_card(result(manifest, "digits_lenet5"), "0", None), "7")
+    assert text.count("models:/digits_lenet5/7") == 2
+    assert "VERSION" not in text
 
 
 def test_a_default_recipe_and_a_published_figure_are_said(manifest):
@@ -104,6 +134,12 @@ def test_a_thousand_classes_fit_into_the_description_of_a_version(manifest):
     card = model_card(replace(finished, manifest=many), "0" * 32, "f" * 40)
     assert "and 988 more" in card
     assert len(with_seeds(card, Spread(97.5, 0.25), 5)) < LONGEST_DESCRIPTION
+
+
+def test_a_card_that_is_too_long_for_mlflow_loses_its_end_but_not_the_seeds():
+    text = with_seeds(description("long " * 2000, "1"), Spread(97.5, 0.25), 5)
+    assert len(text) == LONGEST_DESCRIPTION
+    assert text.endswith("97.50 ± 0.25 % (mean and sample standard deviation).\n")
 
 
 def test_the_spread_over_seeds_is_said_once():

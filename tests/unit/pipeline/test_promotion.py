@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,40 @@ def test_promotion_on_demand_makes_the_same_test(store, folders):
         match=r"stays version 2: version 1 has 80\.00 % against 87\.50 %, not .*p = 1\)",
     ):
         promote(store, f"{NAME}@1", False, "ada")
+
+
+def long_ago(store: TrackingStore, number: int) -> None:
+    """Let the version have become champion an hour earlier than it did."""
+    since = datetime.fromisoformat(tags(store, number)["champion.since"]) - timedelta(hours=1)
+    store.client.set_model_version_tag(NAME, str(number), "champion.since", since.isoformat())
+
+
+def test_an_alias_that_somebody_has_moved_back_by_hand_stays_moved_back(store, folders):
+    for wrong in (GOOD, BEST):
+        consider(store, NAME, add_version(store, next(folders), answers(wrong)))
+    long_ago(store, 2)
+    store.client.set_registered_model_alias(NAME, "champion", "1")
+    line = consider(store, NAME, add_version(store, next(folders), answers(BETTER)))
+    assert line.startswith("champion is version 3, was version 1: ")
+    assert champion(store) == 3, "not version 2, which is better but was taken back"
+
+
+def test_after_the_alias_was_deleted_by_hand_the_next_version_is_the_first_one(store, folders):
+    consider(store, NAME, add_version(store, next(folders), answers(BEST)))
+    long_ago(store, 1)
+    store.client.delete_registered_model_alias(NAME, "champion")
+    line = consider(store, NAME, add_version(store, next(folders), answers(GOOD)))
+    assert line == "champion is version 2, was none: the first one"
+    assert champion(store) == 2
+
+
+def test_who_asks_for_a_version_after_deleting_the_alias_gets_that_version(store, folders):
+    for wrong in (BEST, GOOD):
+        consider(store, NAME, add_version(store, next(folders), answers(wrong)))
+    store.client.delete_registered_model_alias(NAME, "champion")
+    line = promote(store, f"{NAME}@2", False, "ada")
+    assert line == "champion is version 2, was none: the first one, asked for by ada"
+    assert champion(store) == 2
 
 
 def test_a_model_of_made_up_images_is_never_champion(store, folders):

@@ -71,9 +71,9 @@ def killed_after(store: TrackingStore, survived: int) -> TrackingStore:
 def test_wherever_a_registration_is_killed_the_next_one_ends_with_one_version_and_the_alias(
     store: TrackingStore, runs: Path
 ) -> None:
-    """Model, files, READY, name, version, output, alias: a kill before each of them."""
+    """Model, files, READY, name, version, card, output, alias: a kill before each of them."""
     trained = trained_network(seed=3)
-    for survived in range(7):
+    for survived in range(8):
         name = f"net{survived}"
         run_id = Tracker.start(store, name, "run", {}, {}).run_id
         with pytest.raises(KilledError):
@@ -81,6 +81,7 @@ def test_wherever_a_registration_is_killed_the_next_one_ends_with_one_version_an
         assert register_network(store, run_id, trained, name=name).version == 1
         versions = store.client.search_model_versions(f"name = '{name}'")
         assert [version.version for version in versions] == [1]
+        assert versions[0].description
         assert store.client.get_registered_model(name).aliases == {"candidate": 1}
         models_left = store.client.search_logged_models(
             [store.client.get_run(run_id).info.experiment_id]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from rich.console import Console
 import data_prep
 import models
 from pipeline import figures, report
-from pipeline.config import Reference
+from pipeline.config import Reference, Tracking
 from pipeline.evaluate import Evaluation
 from pipeline.experiments import load_experiment
 from pipeline.loop import build_model
@@ -119,3 +121,26 @@ def test_curves_show_the_images_that_were_watched():
         figure = figures.curves([{**rest, **epoch} for epoch in history], "title")
         labels = {line.get_label() for line in figure.axes[1].lines}
         assert labels == {"train", split}
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({}, []),
+        ({"runs": Path("elsewhere")}, ["tracking.uri=sqlite:////a b/mlflow.db"]),
+        ({"uri": "http://ada:secret@host:5000"}, ["tracking.uri=sqlite:////a b/mlflow.db"]),
+    ],
+)
+def test_the_command_to_use_the_model_finds_the_registry_that_it_is_in(settings, where):
+    commands = report.next_commands(
+        Tracking(**settings), "sqlite:////a b/mlflow.db", "models:/net@candidate"
+    )
+    python, program, *words = shlex.split(dict(commands)["use it"])
+    assert (python, program) == (sys.executable, sys.argv[0])
+    assert words == ["--predict", "net@candidate", "IMAGE", *where]
+
+
+def test_what_was_not_registered_or_tracked_has_no_command():
+    ((label, command),) = report.next_commands(Tracking(), "http://host:5000", None)
+    assert (label, command) == ("see it", "http://host:5000")
+    assert report.next_commands(Tracking(enabled=False), None, None) == []
