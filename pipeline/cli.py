@@ -33,13 +33,6 @@ A name is DATASET_BACKBONE[_METHOD[_RECIPE]]. Settings are those that --describe
 """
 
 
-#: Options that do something else than to use a model.
-_OTHER_OPTIONS = [
-    *("experiment", "config", "prepare", "smoke", "resume", "dry_run", "list", "describe"),
-    *("inspect", "yaml"),
-]
-
-
 class _Parser(argparse.ArgumentParser):
     """Errors take one line and name the nearest option."""
 
@@ -156,7 +149,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if options.help or not arguments:
         parser.print_help()
         return 0
-    request = read_request(options, _OTHER_OPTIONS)
+    request = read_request(options)
     if request is not None:
         from pipeline.use.commands import carry_out
 
@@ -288,6 +281,6 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> None:
         table, uri = summary(result), result.tracking_uri
         model = result.model.uri if result.model is not None else None
     display.console.print(table)
-    for label, command in next_commands(uri, model):
+    for label, command in next_commands(experiment.tracking, uri, model):
         # Whole and literal, so that it can be copied from a narrow terminal too.
         display.console.print(f"{label:<8}{command}", markup=False, soft_wrap=True)

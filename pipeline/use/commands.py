@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import getpass
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, PositiveInt
+from rich.cells import cell_len
 from rich.console import Console
 
 from data_prep.raw.names import printable
-from pipeline.config import PipelineError, nearest
+from pipeline.config import PipelineError
 from pipeline.describe import console
 from pipeline.display import Display
 from pipeline.settings import parse_overrides
 from pipeline.use.model import BATCH_SIZE, UsableModel, open_model, open_registry
-from pipeline.use.options import Request
+from pipeline.use.options import ActionSettings, Request
 
 if TYPE_CHECKING:
     from pipeline.use.prediction import Prediction
@@ -45,7 +45,13 @@ def carry_out(request: Request) -> None:
         "compare": _compare,
         "promote": _promote,
     }[request.action]
-    action(request)
+    try:
+        action(request)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a place that the user has named, or a disk that is full
+        place = printable(str(error.filename or "the results"))
+        raise PipelineError(f"cannot use {place}: {error.strerror or error}") from error
 
 
 def _progress() -> Display:
@@ -94,7 +100,7 @@ def _predict(request: Request) -> None:
             raise PipelineError(f"no images in {', '.join(map(printable, request.words))}")
         columns = _Columns(found.files, model)
         # On a terminal the lines themselves show how far it is; a bar would be in their way.
-        is_shown = not sys.stdout.isatty()
+        is_shown = not console().is_terminal
         predicted = 0
         batch_size = _batch_size(request)
         answers = predict(model, found.files, top=options.top or _TOP, batch_size=batch_size)
@@ -117,23 +123,29 @@ class _Columns:
     """Predictions as lines of columns, below their titles, one after the other."""
 
     def __init__(self, files: Sequence[Path], model: UsableModel) -> None:
-        longest = max(len(printable(str(file))) for file in files)
+        longest = max(cell_len(printable(str(file))) for file in files)
         self._file_width = min(max(longest, len("image")), _WIDEST_FILE)
-        names = model.preprocessing.class_names
-        self._class_width = min(max(len("class"), *map(len, names)), _WIDEST_CLASS)
+        names = map(printable, model.preprocessing.class_names)
+        self._class_width = min(max(len("class"), *map(cell_len, names)), _WIDEST_CLASS)
         self._has_titles = False
 
     def write(self, prediction: Prediction) -> None:
         if not self._has_titles:
-            self._write_line("image", "class", "", "others")
+            self._write_line("image", "class", "probability", "others")
             self._has_titles = True
         (best, share), *others = prediction.ranked
-        rest = ", ".join(f"{name} {other:.1%}" for name, other in others)
-        self._write_line(printable(str(prediction.file)), best, f"{share:.1%}", rest)
+        rest = ", ".join(f"{printable(name)} {other:.1%}" for name, other in others)
+        file = printable(str(prediction.file))
+        self._write_line(file, printable(best), f"{share:.1%}", rest)
 
     def _write_line(self, file: str, best: str, share: str, others: str) -> None:
-        line = f"{file:<{self._file_width}}  {best:<{self._class_width}}  {share:>6}  {others}"
-        print(line.rstrip(), flush=True)
+        columns = (_filled(file, self._file_width), _filled(best, self._class_width))
+        print("  ".join([*columns, f"{share:>11}", others]).rstrip(), flush=True)
+
+
+def _filled(text: str, width: int) -> str:
+    """A text with spaces up to a width on the screen, where some letters take two columns."""
+    return text + " " * (width - cell_len(text))
 
 
 def _export(request: Request) -> None:
@@ -153,32 +165,11 @@ def _listed(text: str) -> list[str]:
     return text.split(",")
 
 
-class BenchmarkSettings(BaseModel):
-    """What may be asked for beside the model, as ``key=value``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class BenchmarkSettings(ActionSettings):
+    """What to measure, and for how long."""
 
     batches: Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)] | None = None
     seconds: Annotated[float, Field(gt=0, le=3600)] = 1.0
-
-    @classmethod
-    def read(cls, words: Sequence[str]) -> BenchmarkSettings:
-        """Settings from the command line.
-
-        Raises:
-            PipelineError: one line, for an unknown one, or a value that it cannot have.
-        """
-        values = dict(word.split("=", 1) for word in words)
-        for key in values:
-            if key not in cls.model_fields:
-                hint = nearest(key, cls.model_fields)
-                raise PipelineError(f"--benchmark has no setting {key}{hint}")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = str(problem["loc"][0])
-            raise PipelineError(f"{key}={values[key]}: {problem['msg']}") from None
 
 
 def _benchmark(request: Request) -> None:
@@ -186,7 +177,7 @@ def _benchmark(request: Request) -> None:
     from pipeline.use.speed import benchmark_table
 
     options = request.options
-    wanted = BenchmarkSettings.read(request.own)
+    wanted = BenchmarkSettings.parse("benchmark", request.own)
     batches = wanted.batches or BATCHES
     with _progress() as display:
         model = open_model(options.benchmark, request.settings)

@@ -27,6 +27,9 @@ from pipeline.use.model import BATCH_SIZE, UsableModel
 if TYPE_CHECKING:
     from data_prep import Dataset, Manifest
 
+#: Images by the number of their channels.
+_KINDS = {1: "gray", 3: "color"}
+
 
 @dataclass(frozen=True)
 class ModelEvaluation:
@@ -40,7 +43,7 @@ class ModelEvaluation:
         same_images: whether these are the images that it was registered with.
         equals_recorded: whether it gives the recorded accuracy, of a registered version each single
             answer; None where nothing comparable was recorded.
-        picture: of the confusion matrix.
+        picture: of the confusion matrix; None where it could not be written.
     """
 
     model: UsableModel
@@ -49,7 +52,7 @@ class ModelEvaluation:
     evaluation: Evaluation
     same_images: bool
     equals_recorded: bool | None
-    picture: Path
+    picture: Path | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -68,7 +71,7 @@ class ModelEvaluation:
             "confusion": evaluation.confusion.tolist(),
             "recorded": self.model.recorded if self.same_images else None,
             "equals_recorded": self.equals_recorded,
-            "picture": str(self.picture),
+            "picture": None if self.picture is None else str(self.picture),
         }
 
 
@@ -96,7 +99,7 @@ def evaluate_model(
     experiment = _as_seen(experiment, model.preprocessing, batch_size)
     row = find_data(experiment)
     _check_inputs(model, row)
-    registered = _registered_answers(model)
+    registered = _registered_answers(model, display)
     manifest = prepare(experiment, row, display)
     order = _class_order(model, manifest)
     evaluation = _evaluate(model, experiment, manifest, order, display)
@@ -111,17 +114,22 @@ def evaluate_model(
         evaluation=evaluation,
         same_images=same_images,
         equals_recorded=equal,
-        picture=_draw(model, manifest, evaluation),
+        picture=_draw(model, manifest, evaluation, display),
     )
 
 
-def _registered_answers(model: UsableModel) -> Tensor | None:
+def _registered_answers(model: UsableModel, display: Display) -> Tensor | None:
     """The class that a registered version gave each test image, int64 (images,); None of a file."""
     if model.version is None or model.store is None:
         return None
+    from pipeline.registry.predictions import NotComparableError
     from pipeline.registry.versions import read_predictions
 
-    predicted = read_predictions(model.version, model.store).predicted
+    try:
+        predicted = read_predictions(model.version, model.store).predicted
+    except NotComparableError as error:
+        display.note(f"{error}; the figures alone are compared")
+        return None
     return torch.from_numpy(predicted.astype("int64"))
 
 
@@ -150,8 +158,8 @@ def _check_inputs(model: UsableModel, dataset: Dataset) -> None:
     wanted = model.preprocessing
     if dataset.channels != wanted.channels:
         raise PipelineError(
-            f"{model.origin} takes images of {wanted.channels} channels, and those of "
-            f"{dataset.name} have {dataset.channels}"
+            f"{model.origin} takes {_KINDS[wanted.channels]} images, and those of {dataset.name} "
+            f"are {_KINDS[dataset.channels]}"
         )
     if dataset.channels == 1 and dataset.image_size != wanted.size:
         raise PipelineError(
@@ -239,15 +247,17 @@ def _evaluate(
         display.close_bar()
 
 
-def _draw(model: UsableModel, manifest: Manifest, evaluation: Evaluation) -> Path:
-    """The confusion matrix as a picture, in the folder of runs."""
+def _draw(
+    model: UsableModel, manifest: Manifest, evaluation: Evaluation, display: Display
+) -> Path | None:
+    """The confusion matrix as a picture, in the folder of runs, if that takes it."""
     from pipeline import figures
 
     folder = model.experiment.tracking.runs.absolute() / "evaluate"
     version = f"-version-{model.version.number}" if model.version is not None else ""
     name = re.sub(r"[^\w(),=+-]", "_", f"{model.name}{version}-{manifest.dataset}")
     path = folder / f"{name}.png"
-    title = f"{model.name}: top-1 {evaluation.top1:.2f} %"
+    title = f"{model.name} on {manifest.dataset}: top-1 {evaluation.top1:.2f} %"
     figure = figures.confusion_matrix(evaluation, manifest.class_names, title)
     try:
         with (
@@ -261,5 +271,6 @@ def _draw(model: UsableModel, manifest: Manifest, evaluation: Evaluation) -> Pat
             figure.savefig(partial, dpi=120)
             partial.replace(path)
     except DataError as error:
-        raise PipelineError(f"{error}; tracking.runs= names another folder") from None
+        display.note(f"{error}; tracking.runs= names another folder")
+        return None
     return path

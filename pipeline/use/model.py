@@ -41,7 +41,7 @@ class UsableModel:
     """A network and all that is needed to use it.
 
     Attributes:
-        origin: where it comes from, for people: file, or name and version.
+        origin: where it comes from: a file, or ``models:/NAME/VERSION``.
         name: of its experiment.
         network: folded, in eval mode, on the CPU: images (N, C, H, W) to logits (N, classes).
         packed: the file that it was read from, which is there as long as this object.
@@ -87,9 +87,10 @@ def open_model(reference: str, settings: Iterable[str] = ()) -> UsableModel:
 
     Raises:
         PipelineError: one line, when there is no such thing, or it cannot be used.
+        OSError: when its folder is closed.
     """
     settings = list(settings)
-    path = Path(reference).expanduser()
+    path = Path(reference)
     if path.is_file():
         return _read(path, reference, settings)
     if path.suffix == SUFFIX or (os.sep in reference and not reference.startswith("models:")):
@@ -131,14 +132,13 @@ def _open_registered(reference: str, settings: list[str]) -> UsableModel:
         versions_of(parsed.name, store)
     except NotRegisteredError as error:
         known = parsed.name in catalog()
-        hint = f"; train it first: --experiment {parsed.name}" if known else ""
+        hint = f" (--experiment {parsed.name} trains it)" if known else ""
         raise PipelineError(f"{error}{hint}") from None
     version = find_version(parsed, store)
-    aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ternforge-"))
         path = fetch_packed(version, store, Path(folder))
-        origin = f"models:/{version.name}/{version.number}{aliases}"
+        origin = f"models:/{version.name}/{version.number}"
         model = _read(path, origin, settings, version, store)
         weakref.finalize(model, stack.pop_all().close)
     return model

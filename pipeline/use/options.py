@@ -1,16 +1,20 @@
 """The part of the command line that uses trained networks: its options, and what they need.
 
-Importing this is instant; what an option asks for is imported when it is asked for.
+This needs no torch; what an option asks for is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from pipeline.errors import PipelineError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config import PipelineError, nearest
 
 #: What `--export` writes.
 FORMATS = ("onnx", "onnx-int8", "packed", "pt2")
@@ -72,17 +76,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     use.add_argument("--export", metavar="MODEL", help="write it to the file named")
     use.add_argument("--to", metavar="FORMAT", help=f"with --export: {', '.join(FORMATS)}")
     use.add_argument("--benchmark", metavar="MODEL", help="how fast it is here, and its float twin")
-    use.add_argument("--compare", nargs=2, metavar="MODEL", help="two versions side by side")
+    use.add_argument("--compare", nargs=2, metavar="NAME", help="two versions side by side")
     use.add_argument("--promote", metavar="NAME", help="make a version (the candidate) champion")
     use.add_argument("--force", action="store_true", help="with --promote: in any case")
-    use.add_argument("--json", action="store_true", help="the result as JSON")
+    with_json = ", ".join(f"--{action}" for action in _CHANGES["json"])
+    use.add_argument("--json", action="store_true", help=f"with {with_json}: as JSON")
 
 
-def read_request(options: argparse.Namespace, others: list[str]) -> Request | None:
+class ActionSettings(BaseModel):
+    """What may be asked for beside the model, as ``key=value``: the fields of a subclass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, action: str, words: Sequence[str]) -> Self:
+        """Settings from the command line.
+
+        Raises:
+            PipelineError: one line, for an unknown one, or a value that it cannot have.
+        """
+        values: dict[str, str] = dict(word.split("=", 1) for word in words)
+        for key in values:
+            if key not in cls.model_fields:
+                hint = nearest(key, cls.model_fields)
+                raise PipelineError(f"--{action} has no setting {key}{hint}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = str(problem["loc"][0])
+            raise PipelineError(f"{key}={values[key]}: {problem['msg']}") from None
+
+
+def read_request(options: argparse.Namespace) -> Request | None:
     """What is asked of a trained network; None where nothing is.
-
-    Args:
-        others: options of the command line that do something else.
 
     Raises:
         PipelineError: for options that do not go together, and settings without effect.
@@ -95,7 +122,12 @@ def read_request(options: argparse.Namespace, others: list[str]) -> Request | No
             raise PipelineError(f"--{changes[0]} goes with {wanted}")
         return None
     action = actions[0]
-    together = [*actions[1:], *(name for name in others if getattr(options, name))]
+    with_it = (action, "settings", *_CHANGES)
+    together = [
+        name
+        for name, value in vars(options).items()
+        if name not in with_it and value not in (None, False)
+    ]
     if together:
         other = together[0].replace("_", "-")
         raise PipelineError(f"--{action} goes alone, not with --{other}")
@@ -114,13 +146,21 @@ def _sorted_words(action: str, options: argparse.Namespace) -> Request:
     request = Request(action, options, [], [], [])
     for word in options.settings:
         key, equals, _ = word.partition("=")
-        if not equals or not re.fullmatch(r"[\w.]+", key) or Path(word).exists():
+        if not equals or not re.fullmatch(r"[\w.]+", key) or _is_there(word):
             request.words.append(word)
         elif action in _WITH_OWN and "." not in key:
             request.own.append(word)
         else:
             request.settings.append(word)
     return request
+
+
+def _is_there(word: str) -> bool:
+    """Whether a word is the path of something."""
+    try:
+        return Path(word).exists()
+    except OSError:
+        return False  # of a name that no file can have, or in a folder that is closed
 
 
 def _check_words(request: Request) -> None:
@@ -149,5 +189,5 @@ def _check_settings(request: Request) -> None:
     allowed = _ACTIONS[request.action]
     for key in parse_overrides(request.settings):
         if not key.startswith(allowed):
-            groups = ", ".join(name if name[-1] != "." else f"{name}..." for name in allowed)
+            groups = ", ".join(f"{name}*" if name[-1] == "." else name for name in allowed)
             raise PipelineError(f"{key} has no effect on --{request.action}, which takes {groups}")

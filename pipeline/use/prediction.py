@@ -82,14 +82,13 @@ def find_images(places: Iterable[str]) -> Found:
     files: list[Path] = []
     refused: list[Refused] = []
     others = 0
-    for place in places:
-        path = Path(place).expanduser()
-        if not path.is_dir():
+    for path in map(Path, places):
+        if not _is_folder(path):
             files.append(path)
             continue
         for file in _below(path, refused):
             try:
-                if is_image(file.name) or data_prep.is_image_file(file):
+                if is_image(file.name) or (file.is_file() and data_prep.is_image_file(file)):
                     files.append(file)
                 else:
                     others += 1
@@ -98,14 +97,21 @@ def find_images(places: Iterable[str]) -> Found:
     return Found(files, others, refused)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False  # it is taken for a file, and refused with the reason when it is opened
+
+
 def _below(folder: Path, refused: list[Refused]) -> Iterator[Path]:
-    """The regular files of a folder and of those in it; but hidden ones and links to folders."""
+    """The files of a folder and of those in it; but hidden ones and links to folders."""
     waiting = [folder]
     while waiting:
         path = waiting.pop()
-        if path.is_file():
+        if not _is_folder(path):
             yield path
-        elif path.is_dir() and (path == folder or not path.is_symlink()):
+        elif path == folder or not path.is_symlink():
             try:
                 entries = [entry for entry in path.iterdir() if is_shown(entry.name)]
             except OSError as error:

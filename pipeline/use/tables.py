@@ -9,7 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.raw.names import printable
 from pipeline.use.evaluation import ModelEvaluation
+from pipeline.use.model import UsableModel
 
 #: Up to so many classes all are shown, else so many of the worst.
 _ALL_CLASSES, _WORST_CLASSES = 20, 10
@@ -31,6 +33,11 @@ def evaluation_tables(found: ModelEvaluation) -> Iterable[RenderableType]:
         yield _confusions(found)
 
 
+def _names(found: ModelEvaluation) -> list[str]:
+    """The names of the classes, which may be those of folders or stand in a file of others."""
+    return [printable(name) for name in found.class_names]
+
+
 def _table(title: str, *columns: str, left: int = 1) -> Table:
     """A table whose first columns are text, and the others numbers."""
     table = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
@@ -47,15 +54,22 @@ def _figures(found: ModelEvaluation) -> Table:
     low, high = evaluation.interval
     table = _table(f"{found.model.name} on {found.dataset}", "", "", left=2)
     table.show_header = False
-    table.add_row("model", Text(found.model.origin))
+    table.add_row("model", Text(_model(found.model)))
     table.add_row("images", f"{evaluation.images:,} of the test split")
     table.add_row("top-1", f"{evaluation.top1:.2f} % (95 % interval: {low:.2f} to {high:.2f} %)")
     if evaluation.top5 is not None:
         table.add_row("top-5", f"{evaluation.top5:.2f} %")
     table.add_row("loss", f"{evaluation.loss:.4f}")
     table.add_row("recorded", _recorded(found))
-    table.add_row("picture", Text(str(found.picture)))
+    if found.picture is not None:
+        table.add_row("picture", Text(str(found.picture)))
     return table
+
+
+def _model(model: UsableModel) -> str:
+    """Which one, and what else it is called in the registry."""
+    aliases = model.version.aliases if model.version is not None else ()
+    return f"{model.origin} ({', '.join(aliases)})" if aliases else model.origin
 
 
 def _recorded(found: ModelEvaluation) -> str:
@@ -75,7 +89,7 @@ def _recorded(found: ModelEvaluation) -> str:
 
 def _classes(found: ModelEvaluation) -> Table:
     """Each class, or the worst ones: how many of its images are right, and what the others are."""
-    confusion, names = found.evaluation.confusion, found.class_names
+    confusion, names = found.evaluation.confusion, _names(found)
     counts = confusion.sum(dim=1).tolist()
     correct = found.evaluation.per_class
     shown = [label for label in range(len(names)) if counts[label]]
@@ -96,7 +110,7 @@ def _classes(found: ModelEvaluation) -> Table:
 
 
 def _matrix(found: ModelEvaluation) -> Table:
-    names = found.class_names
+    names = _names(found)
     columns = [name[:_COLUMN_LETTERS] for name in names]
     table = _table("true class, and what it was taken for", "", *columns)
     for name, row in zip(names, found.evaluation.confusion.tolist(), strict=True):
@@ -106,7 +120,7 @@ def _matrix(found: ModelEvaluation) -> Table:
 
 def _confusions(found: ModelEvaluation) -> Table:
     """The largest counts beside the diagonal."""
-    names = found.class_names
+    names = _names(found)
     counts = found.evaluation.confusion.clone()
     counts.fill_diagonal_(0)
     most, cells = counts.flatten().topk(min(_CONFUSIONS, counts.numel()))

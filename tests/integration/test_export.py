@@ -37,7 +37,7 @@ def packed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     optimizer = torch.optim.Adam(model.parameters(), 0.003)
     loader = inputs.make_loader(experiment, manifest, "train", training=True)
-    for epoch in range(2):
+    for epoch in range(1):
         with loader.epoch(epoch) as batches:
             for images, labels in batches:
                 optimizer.zero_grad()
@@ -96,6 +96,7 @@ def test_eight_bits_keep_the_accuracy_that_is_told(
     assert [file.name for file in tmp_path.iterdir()] == ["digits.onnx"]
 
 
+@pytest.mark.slow
 def test_without_prepared_data_onnx_is_compared_on_random_images_and_int8_refused(
     packed: Path, display: Display, tmp_path: Path
 ) -> None:

@@ -31,10 +31,11 @@ from pipeline.use.prediction import Prediction, predict
 from tests.integration.conftest import NAME
 from tests.readme import BLOCKS, commands_marked
 
-REPOSITORY = Path(__file__).parents[2]
-#: Of these the figures take a minute.
-LONG = "--benchmark"
 COMMANDS = commands_marked("with a trained model")
+#: Of this one the figures take a minute.
+BENCHMARK = "--benchmark"
+#: Translating takes seconds, and is tested with other networks too.
+TRANSLATED = "--to onnx"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,14 @@ def test_an_evaluation_and_predictions_give_the_answers_of_the_training(project)
     assert classes(model, files) == [str(label) for label in registered]
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if LONG not in line])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if TRANSLATED in line else [])
+        for line in COMMANDS
+        if BENCHMARK not in line
+    ],
+)
 def test_every_command_of_the_readme_works(command, capsys):
     python, program, *arguments = shlex.split(command)
     assert (python, program) == ("python", "run.py")
@@ -95,42 +103,48 @@ def test_every_command_of_the_readme_works(command, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_readme_works(capsys):
-    (command,) = [line for line in COMMANDS if LONG in line]
+    (command,) = [line for line in COMMANDS if BENCHMARK in line]
     assert main([*shlex.split(command)[2:], "seconds=0.05"]) == 0
     assert "float twin" in capsys.readouterr().out
 
 
-def test_the_exported_files_work_as_the_readme_says(project):
-    for command in COMMANDS:
-        *_, file = [word for word in shlex.split(command) if "=" not in word]
-        if file in ("digits.onnx", "digits.safetensors") and not Path(file).exists():
-            assert main(shlex.split(command)[2:]) == 0
-    alone, packed = [
-        block["text"] for block in BLOCKS if block["mark"] == "with the exported model"
-    ]
-    answer = run_python(alone, project, isolated=True)
-    assert answer.strip() == f"[{classes(open_model(NAME), [project / 'digit.png'])[0]}]"
-    answer = run_python(packed, project)
-    *layers, levels = [line for line in answer.splitlines() if line.strip()]
+def test_a_version_without_its_answers_is_evaluated_all_the_same(project, capsys):
+    (answers,) = project.glob("runs/artifacts/models/*/artifacts/evaluation.safetensors")
+    aside = answers.rename(answers.with_name("aside"))
+    assert main(["--evaluate", NAME, "--json"]) == 0
+    aside.rename(answers)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["equals_recorded"] is True
+    assert "figures alone" in captured.err
+
+
+def export_as_the_readme_says(file: str) -> str:
+    """Write a file by its command; gives the README's program that reads it."""
+    (command,) = [line for line in COMMANDS if file in shlex.split(line)]
+    assert main(shlex.split(command)[2:]) == 0
+    (program,) = [block["text"] for block in BLOCKS if block["mark"] == f"with {file}"]
+    return program
+
+
+@pytest.mark.slow
+def test_the_exported_network_runs_without_this_project_as_the_readme_says(project):
+    program = export_as_the_readme_says("digits.onnx")
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=project, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (expected,) = classes(open_model(NAME), [project / "digit.png"])
+    assert answer.stdout.strip() == f"[{expected}]"
+
+
+def test_the_packed_file_shows_its_ternary_weights_as_the_readme_says(capsys):
+    program = export_as_the_readme_says("digits.safetensors")
+    capsys.readouterr()
+    exec(program, {})
+    *layers, levels = capsys.readouterr().out.splitlines()
     assert "conv1 ternary 5-trit" in layers[0]
     assert levels.startswith("tensor([-")
     assert levels.count(",") == 2
-
-
-def run_python(program: str, folder: Path, isolated: bool = False) -> str:
-    """Output of a program in a process of its own, which has this project unless isolated."""
-    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
-    words = [sys.executable, *(["-I"] if isolated else []), "-c", program]
-    answer = subprocess.run(
-        words,
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
 
 
 @pytest.mark.slow

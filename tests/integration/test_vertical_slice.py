@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import models
 from data_prep import get_dataset
@@ -129,9 +131,17 @@ assert not {{"models", "pipeline", "data_prep"}} & set(sys.modules)
 
 def test_the_command_that_uses_the_model_works_as_printed(finished, tmp_path):
     (command,) = re.findall(r"^use it +(.*)$", finished.output, re.MULTILINE)
-    answer = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    zero = load_digits().images[0] * (255 / 16)
+    Image.fromarray(zero.astype(np.uint8)).save(tmp_path / "zero.png")
+    answer = subprocess.run(
+        command.replace("IMAGE", str(tmp_path / "zero.png")),
+        shell=True,
+        cwd=finished.folder,
+        capture_output=True,
+        text=True,
+    )
     assert answer.returncode == 0, answer.stderr
-    assert "conv1" in answer.stdout
+    assert re.search(r"zero\.png +0 ", answer.stdout), answer.stdout
 
 
 def test_the_folded_model_has_ternary_weights_only(finished):

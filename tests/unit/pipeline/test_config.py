@@ -160,6 +160,12 @@ def test_an_override_without_effect_is_said(words, key):
     assert lines[0].startswith(f"{key} has no effect with ")
 
 
+def test_fewer_images_of_each_class_are_taken_of_built_in_ones_too():
+    words = ["dataset=digits", "data.max_per_class=20", "data.side=64"]
+    (line,) = without_effect(override(BASE, words), words)
+    assert line.startswith("data.side has no effect with dataset=digits")
+
+
 def test_an_override_without_effect_names_the_setting_that_is_in_the_way():
     words = ["tracking.uri=http://x", "tracking.enabled=false", "train.temperature=2"]
     words += ["train.patience=3", "train.test_size=32"]

@@ -43,8 +43,8 @@ def folders(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / "versions" / str(number) for number in range(100))
 
 
-def shown(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=140)
+def shown(table: Table, width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -105,6 +105,8 @@ def test_the_list_has_every_version_the_newest_first_and_names_can_be_chosen(sto
     assert "champion" in rows[1]
     assert "90.00 (91.00-96.00)" in text
     assert "254,786" in text
+    narrow = shown(list_models(store), width=80).splitlines()
+    assert [row.split() for row in narrow if "lenet5" in row] == rows
     assert "mnist" not in shown(list_models(store, "digits*"))
     with pytest.raises(PipelineError, match="whose name matches 'cifar"):
         list_models(store, "cifar*")

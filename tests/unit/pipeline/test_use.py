@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_an_evaluation_counts_each_image_once_and_equals_the_recorded_one(digits
     loss = torch.nn.functional.cross_entropy(digits.logits, digits.labels).item()
     assert found.evaluation.loss == pytest.approx(loss, rel=1e-6)
     assert found.equals_recorded is True
-    assert found.picture.read_bytes().startswith(b"\x89PNG")
+    assert found.picture is not None and found.picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_recorded_accuracy_or_other_images_are_noticed(digits, tmp_path, capsys):
@@ -170,7 +171,7 @@ def test_another_data_set_is_matched_by_the_names_of_its_classes(digits, tmp_pat
 
 @pytest.mark.parametrize(
     ("dataset", "named"),
-    [("mnist", "32 pixels"), ("cifar10", "1 channels"), ("imagenat", "imagenet")],
+    [("mnist", "32 pixels"), ("cifar10", "are color"), ("imagenat", "imagenet")],
 )
 def test_a_data_set_that_does_not_fit_is_refused_before_it_is_prepared(
     digits, capsys, dataset, named
@@ -214,9 +215,12 @@ def test_folders_are_walked_in_order_and_images_known_by_their_content(digits, t
     (tmp_path / "images" / ".thumbnail.png").write_bytes(second.read_bytes())
     (tmp_path / "images" / "empty.jpg").touch()
     (tmp_path / "images" / "loop").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "images" / "pipe")  # which must not be waited for
     found = find_images([str(tmp_path / "images"), str(second)])
-    assert found.files == [hidden, second, tmp_path / "images" / "empty.jpg", second]
-    assert found.others == 1
+    broken = [tmp_path / "images" / name for name in ("empty.jpg", "gone.png")]
+    assert found.files == [hidden, second, *broken, second]
+    assert found.others == 2
 
 
 def test_the_command_line_prints_lines_or_json_and_counts_what_it_skips(digits, tmp_path, capsys):
@@ -226,7 +230,7 @@ def test_the_command_line_prints_lines_or_json_and_counts_what_it_skips(digits, 
     assert main(command) == 0
     captured = capsys.readouterr()
     titles, *lines = captured.out.splitlines()
-    assert titles.split() == ["image", "class", "others"]
+    assert titles.split() == ["image", "class", "probability", "others"]
     assert [line.split()[0] for line in lines] == ["images/00.png", "images/01.png"]
     assert "skipped images/broken.png" in captured.err
     assert main([*command, "--json"]) == 0
@@ -237,7 +241,7 @@ def test_the_command_line_prints_lines_or_json_and_counts_what_it_skips(digits, 
         assert answer["top"][0] == {"class": answer["class"], "probability": answer["probability"]}
 
 
-@pytest.mark.parametrize("places", [["nowhere"], ["empty"]])
+@pytest.mark.parametrize("places", [["nowhere"], ["empty"], ["~nobody-here/x.png"], [300 * "x"]])
 def test_without_any_image_predicting_fails(digits, tmp_path, capsys, places):
     (tmp_path / "empty").mkdir()
     assert "no" in error_of(capsys, "--predict", digits.packed, *places)
@@ -277,10 +281,51 @@ def test_a_file_without_what_use_takes_is_refused(digits, tmp_path, capsys):
     assert "cut.safetensors" in error_of(capsys, "--evaluate", cut)
 
 
+def test_letters_that_take_two_columns_do_not_move_the_others(digits, tmp_path, capsys):
+    digits.write_images(tmp_path, 1)[0].rename(tmp_path / "\u56fe\u7247.png")
+    assert main(["--predict", str(digits.packed), "\u56fe\u7247.png"]) == 0
+    titles, _ = capsys.readouterr().out.splitlines()
+    assert titles.index("class") == len("\u56fe\u7247.png  ") + 2
+
+
+def test_class_names_of_a_file_cannot_write_on_the_screen(digits, tmp_path, capsys):
+    values = open_model(str(digits.packed)).preprocessing.to_dict()
+    values["class_names"] = [f"{number}\x1b[2J" for number in range(10)]
+    hostile = str(digits.pack(tmp_path / "hostile.safetensors", preprocessing=values))
+    digits.write_images(tmp_path / "images", 1)
+    assert main(["--predict", hostile, "images"]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "\\x1b[2J" in output
+
+
+def test_an_evaluation_is_not_lost_with_its_picture(digits, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    settings = ["data.backend=torch", "tracking.runs=file"]
+    assert main(["--evaluate", str(digits.packed), "--json", *settings]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["picture"] is None
+    assert "cannot write the picture" in captured.err
+
+
+def test_a_full_disk_behind_the_results_is_said_in_one_line(digits, capsys, monkeypatch):
+    digits.write_images(Path("images"), 2)
+    with (
+        pytest.raises(OSError),  # when it is closed
+        Path("/dev/full").open("w") as full,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr("sys.stdout", full)
+        error = error_of(capsys, "--predict", digits.packed, "images")
+    assert error == "error: cannot use the results: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--predict", "digits_lenet5"], "needs images"),
+        (["--predict", 300 * "x", "x.png"], "File name too long"),
+        (["--predict", "digits_lenet5", "x.png", "data.raw=3"], "takes tracking.*, train.batch"),
         (["--predict", "digits_lenet5", "x.png", "--top", "0"], "--top 0"),
         (["--predict", "digits_lenet5", "x.png", "--dataset", "mnist"], "--evaluate"),
         (["--predict", "digits_lenet5", "x.png", "train.lr=3"], "train.lr has no effect"),
@@ -297,7 +342,7 @@ def test_a_file_without_what_use_takes_is_refused(digits, tmp_path, capsys):
         (["--force", "--experiment", "digits_lenet5"], "--promote"),
         (["--compare", "digits_lenet5"], "--compare"),
         (["--models", "data.raw=x"], "data.raw has no effect"),
-        (["--evaluate", "digits_lenet5"], "train it first: --experiment digits_lenet5"),
+        (["--evaluate", "digits_lenet5"], "--experiment digits_lenet5 trains it"),
         (["--models"], "no registry"),
     ],
 )
