@@ -128,7 +128,9 @@ def summary(result: Result) -> Table:
     if result.model is not None:
         table.add_row("model", f"{result.model.uri}, version {result.model.version}")
     if result.champion:
-        table.add_row("champion", result.champion.removeprefix("champion "))
+        table.add_row(
+            "champion", result.champion.removeprefix("champion is ").removeprefix("champion ")
+        )
     return table
 
 
@@ -153,7 +155,9 @@ def seeds_summary(result: SeedsResult) -> Table:
     if result.model is not None:
         table.add_row("model", f"{result.model}, {result.choice}")
     if result.champion:
-        table.add_row("champion", result.champion.removeprefix("champion "))
+        table.add_row(
+            "champion", result.champion.removeprefix("champion is ").removeprefix("champion ")
+        )
     return table
 
 

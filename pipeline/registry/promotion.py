@@ -195,7 +195,7 @@ def _settle(store: TrackingStore, version: Version) -> str:
     with store_errors(f"cannot log the champion of {name} in {store.uri}"):
         moved = f"{tags.get(_SINCE, 'ever')}: to version {winner} from {why}"
         store.client.set_registered_model_tag(name, _MOVED, moved)
-    return f"champion is version {winner}, was {why}"
+    return f"champion is version {winner}, {_before(why)}"
 
 
 def _agreed(everyone: Mapping[int, Version], number: int, store: TrackingStore) -> int:
@@ -221,3 +221,8 @@ def _became_champion(version: Version) -> float:
         return datetime.datetime.fromisoformat(version.tags.get(_SINCE, "")).timestamp()
     except ValueError:
         return -math.inf
+
+
+def _before(why: str) -> str:
+    """What a version's tag says of the champion before it, to end a sentence."""
+    return why.removeprefix("none: ") if why.startswith("none: ") else f"was {why}"

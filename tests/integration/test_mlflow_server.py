@@ -125,7 +125,7 @@ def test_models_registered_on_a_server_load_from_it_elsewhere_and_the_better_one
     _, first = registered_on(store, "first", wrong=20)
     better, second = registered_on(store, "second", wrong=5)
     _, third = registered_on(store, "third", wrong=4)
-    assert first == "champion is version 1, was none: the first one"
+    assert first == "champion is version 1, the first one"
     assert second.startswith("champion is version 2, was version 1: ")
     assert third.startswith("champion stays version 2: ")
     with pytest.raises(PipelineError, match="--force"):

@@ -152,7 +152,7 @@ def test_of_several_seeds_only_the_version_that_stands_for_all_may_become_champi
     real = override(experiment, [*settings, f"tracking.runs={tmp_path / 'runs'}",
                                  f"tracking.uri={uri}"])  # fmt: skip
     result = run_seeds(real)
-    assert result.champion == "champion is version 1, was none: the first one"
+    assert result.champion == "champion is version 1, the first one"
     aliases = MlflowClient(uri).get_registered_model(NAME).aliases
     assert (aliases["champion"], aliases["candidate"]) == (1, 1)
 

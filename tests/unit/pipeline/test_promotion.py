@@ -36,7 +36,7 @@ def tags(store: TrackingStore, number: int) -> dict[str, str]:
 
 def test_the_first_version_of_a_name_is_champion_at_once_and_that_is_logged(store, folders):
     number = add_version(store, next(folders), answers(GOOD))
-    assert consider(store, NAME, number) == "champion is version 1, was none: the first one"
+    assert consider(store, NAME, number) == "champion is version 1, the first one"
     assert champion(store) == 1
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", tags(store, 1)["champion.since"])
     assert tags(store, 1)["champion.from"] == "none: the first one"
@@ -104,7 +104,7 @@ def test_promotion_on_demand_makes_the_same_test(store, folders):
     for wrong in (GOOD, BETTER):
         number = add_version(store, next(folders), answers(wrong))
     assert promote(store, f"{NAME}@1", False, "ada") == (
-        "champion is version 1, was none: the first one, asked for by ada"
+        "champion is version 1, the first one, asked for by ada"
     )
     assert promote(store, f"models:/{NAME}/2", False, "ada").endswith("; asked for by ada")
     assert champion(store) == number
@@ -137,7 +137,7 @@ def test_after_the_alias_was_deleted_by_hand_the_next_version_is_the_first_one(s
     long_ago(store, 1)
     store.client.delete_registered_model_alias(NAME, "champion")
     line = consider(store, NAME, add_version(store, next(folders), answers(GOOD)))
-    assert line == "champion is version 2, was none: the first one"
+    assert line == "champion is version 2, the first one"
     assert champion(store) == 2
 
 
@@ -146,7 +146,7 @@ def test_who_asks_for_a_version_after_deleting_the_alias_gets_that_version(store
         consider(store, NAME, add_version(store, next(folders), answers(wrong)))
     store.client.delete_registered_model_alias(NAME, "champion")
     line = promote(store, f"{NAME}@2", False, "ada")
-    assert line == "champion is version 2, was none: the first one, asked for by ada"
+    assert line == "champion is version 2, the first one, asked for by ada"
     assert champion(store) == 2
 
 
@@ -189,7 +189,7 @@ def test_two_first_versions_that_finish_at_once_leave_the_better_one(store, fold
     )
     line = consider(other, NAME, numbers[0])
     assert champion(store) == numbers[1]
-    assert line.startswith("champion is version 2, was ")
+    assert line.startswith("champion is version 2, ")
 
 
 class KilledError(BaseException):
