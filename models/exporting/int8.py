@@ -35,17 +35,20 @@ _ROUNDING = "Ceil"  # the operator by which a quantized activation is recognized
 _FEW = 8
 _CODES = np.arange(64, 128)  # candidates for the code of a filter's largest magnitude
 _LARGEST_CODE = 127
-#: Where only the sign matters, the codes cover this share of the range, finely about zero.
-_SIGN_RANGE = 1 / 64
+#: Where only the sign matters, the codes cover this share of the range: any sum but zero is beyond
+#: half a code, in filters with small weights too, so that none is rounded to zero.
+_SIGN_RANGE = 2.0**-30
 
 
 def quantize(model: ModelProto, calibration: Iterable[Floats]) -> ModelProto:
     """Return the eight-bit form of a graph with the input `images`.
 
     The range of an activation is that of its values for the calibration images, of which each
-    batch is float32 (N, C, H, W). One that takes only the values -1, 0 and 1 there is exact. In
-    networks with such binary or ternary activations only the layers that read them are in eight
-    bits: rounding what the others read would turn signs, and these turn others.
+    batch is float32 (N, C, H, W). One that takes only the values -1, 0 and 1 there is exact.
+
+    In a network with binary activations one sign turned by rounding turns many others. So only the
+    layers between such activations, of whose outputs the signs alone are used, are in eight bits;
+    they give the signs that exact sums have. What goes to a pool, batch norm or sum stays float.
 
     Weights with one magnitude per filter are exact. With a few (residual expansion, trained scales)
     the codes are the nearest under the best of 64 scales: off by at most a 128th of the largest
@@ -63,8 +66,12 @@ def quantize(model: ModelProto, calibration: Iterable[Floats]) -> ModelProto:
     nodes = [node for node in model.graph.node if node.op_type in _OPERATORS]
     tensors = _activations(model, nodes)
     ranges, overrides = _calibrated(model, tensors, calibration)
+    signs = _inputs_of_signs(model)
     if _has_quantized_activations(model):
-        nodes = [node for node in nodes if node.input[0] in overrides]
+        kept = overrides.keys() | signs
+        nodes = [
+            node for node in nodes if node.input[0] in overrides and kept.issuperset(node.output)
+        ]
     if not nodes:
         raise ModelError("no layer of the network can be computed in eight bits")
     for name, axis in _weights(model, nodes).items():
@@ -89,6 +96,7 @@ def quantize(model: ModelProto, calibration: Iterable[Floats]) -> ModelProto:
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     quantized: ModelProto = quantizer.model.model
+    _round_biases_up(quantized, model, signs)
     del quantized.graph.value_info[:], quantized.metadata_props[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
     return quantized
@@ -222,6 +230,29 @@ def _observed(model: ModelProto, tensors: list[str]) -> ModelProto:
             for output in outputs
         )
     return observed
+
+
+def _round_biases_up(quantized: ModelProto, model: ModelProto, signs: set[str]) -> None:
+    """Round up, not to the nearest, the biases of layers whose outputs are in `signs`.
+
+    A whole number plus the bias is positive exactly where that number plus the bias rounded up is.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    made_by = {node.output[0]: node for node in quantized.graph.node}
+    bias_of = {node.name: node.input[2] for node in model.graph.node if len(node.input) == 3}
+    for node in quantized.graph.node:
+        if node.op_type not in ("Conv", "Gemm") or signs.isdisjoint(node.output):
+            continue
+        if len(node.input) < 3 or node.input[2] not in made_by:
+            continue  # no bias, or the layer is in float
+        codes, scale = (constants[name] for name in made_by[node.input[2]].input[:2])
+        bias = _constant(model, bias_of[node.name])
+        exact = bias.astype(np.float64) / numpy_helper.to_array(scale)
+        limits = np.iinfo(np.int32)
+        rounded = np.ceil(exact).clip(limits.min, limits.max).astype(np.int32)
+        codes.CopyFrom(numpy_helper.from_array(rounded, codes.name))
 
 
 def _inputs_of_signs(model: ModelProto) -> set[str]:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 import data_prep
 import models
 from pipeline import inputs
-from pipeline.config import PipelineError, nearest
+from pipeline.config import PipelineError
 from pipeline.display import Display, duration
 from pipeline.materials import find_data, prepare
 from pipeline.use.model import UsableModel
+from pipeline.use.options import ActionSettings
 
 if TYPE_CHECKING:
     from data_prep import Manifest
@@ -42,10 +43,8 @@ _ACTS_ON = {
 }
 
 
-class ExportSettings(BaseModel):
-    """What may be asked for beside the format, as ``key=value``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ExportSettings(ActionSettings):
+    """How a file is written, and how many images it is tried on."""
 
     images: Annotated[int, Field(ge=1)] | None = None
     pixels: bool = False
@@ -59,19 +58,12 @@ class ExportSettings(BaseModel):
         Raises:
             PipelineError: one line, for an unknown one and one without effect on the format.
         """
-        values: dict[str, str] = dict(word.split("=", 1) for word in words)
-        for key in values:
-            if key not in cls.model_fields:
-                raise PipelineError(f"--export has no setting {key}{nearest(key, _ACTS_ON)}")
+        settings = cls.parse("export", words)
+        for key in sorted(settings.model_fields_set):
             if format not in _ACTS_ON[key]:
                 formats = ", ".join(_ACTS_ON[key])
                 raise PipelineError(f"{key} has no effect on {format}, only on {formats}")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            wrong = str(problem["loc"][0])
-            raise PipelineError(f"{wrong}={values[wrong]}: {problem['msg']}") from None
+        return settings
 
 
 @dataclass(frozen=True)

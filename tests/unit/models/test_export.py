@@ -138,7 +138,7 @@ class Undecided(nn.Module):
         return images.flatten(1) if images.sum() > 0 else -images.flatten(1)
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
