@@ -51,6 +51,55 @@ class PackedFile:
     file_bytes: int
 
 
+class _Contents:
+    """What the file of a network holds: each value once, also where several modules share it."""
+
+    def __init__(self, weights: str | None, rest: FloatFormat) -> None:
+        self.layers: list[PackedLayer] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.tied: dict[str, str] = {}
+        self._weights, self._rest = weights, rest
+        self._values: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def add_weight(self, name: str, module: nn.Module) -> None:
+        """Add the weight of a module as it is used, if it has one."""
+        weight = weight_of(module)
+        if weight is None:
+            return
+        found = weight_in(name, module)
+        if self._is_new(name, "weight", _values(found), weight):
+            layer, stored = encode_weight(found, self._weights, self._rest)
+            self.layers.append(layer)
+            _add(self.tensors, stored)
+
+    def add_remaining(self, name: str, module: nn.Module) -> None:
+        """Add what a module has beside its weight; of a norm, scale and shift."""
+        is_norm = folded_norm(module) is not None
+        shared = {} if is_norm else dict(module.named_parameters(recurse=False))
+        for suffix, value in remaining_tensors(module).items():
+            key = _key(name, suffix)
+            checked = _checked(key, value.cpu())
+            if self._is_new(name, suffix, checked, shared.get(suffix)):
+                _add(self.tensors, {key: stored_float(checked, self._rest)})
+
+    def _is_new(self, name: str, suffix: str, value: Tensor, parameter: Tensor | None) -> bool:
+        """Whether no module before has this parameter; else the two are tied."""
+        key = _key(name, suffix)
+        source = key if parameter is None else self._names.setdefault(id(parameter), key)
+        if source == key:
+            self._values[key] = value
+            return True
+        if not torch.equal(self._values[source], value):
+            raise ModelError(f"{name} shares its {suffix} with {source}, but uses another value")
+        self.tied[key] = source
+        return False
+
+
+def _key(name: str, suffix: str) -> str:
+    return f"{name}.{suffix}" if name else suffix
+
+
 def pack(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -76,43 +125,14 @@ def pack(
     check_float_format(rest)
     model = getattr(model, "_orig_mod", model)
     refuse_meta(model)
-    layers: list[PackedLayer] = []
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    names: dict[int, str] = {}
-    used: dict[str, Tensor] = {}
+    contents = _Contents(weights, rest)
     for name, module in without_quantizers(model):
-        prefix = f"{name}." if name else ""
-        weight = weight_of(module)
-        if weight is not None:
-            source = names.setdefault(id(weight), f"{prefix}weight")
-            found = weight_in(name, module)
-            if source == f"{prefix}weight":
-                used[source] = _values(found)
-                layer, stored = encode_weight(found, weights, rest)
-                layers.append(layer)
-                _add(tensors, stored)
-            elif torch.equal(used[source], _values(found)):
-                tied[f"{prefix}weight"] = source
-            else:
-                raise ModelError(f"{name} shares its weight with {source}, but uses another value")
-        parameters = dict(module.named_parameters(recurse=False))
-        for suffix, value in remaining_tensors(module).items():
-            key = f"{prefix}{suffix}"
-            source = key
-            if suffix in parameters and folded_norm(module) is None:
-                source = names.setdefault(id(parameters[suffix]), key)
-            used[key] = value = _checked(key, value.cpu())
-            if source == key:
-                _add(tensors, {key: stored_float(value, rest)})
-            elif torch.equal(used[source], value):
-                tied[key] = source
-            else:
-                raise ModelError(
-                    f"{name} shares its {suffix} with {source}, but uses another value"
-                )
-    description = Description(_true_blueprint(model), tuple(layers), tied, metadata or {})
-    return _write(Path(path), description, tensors)
+        contents.add_weight(name, module)
+        contents.add_remaining(name, module)
+    description = Description(
+        _true_blueprint(model), tuple(contents.layers), contents.tied, metadata or {}
+    )
+    return _write(Path(path), description, contents.tensors)
 
 
 def read_packed(path: str | os.PathLike[str]) -> PackedFile:
