@@ -226,16 +226,16 @@ def training_table(races: dict[str, Record]) -> str:
 def forms_table(forms: dict[str, Record]) -> str:
     """Bytes and accuracy of each form of trained networks; then latency beside the float twin."""
     rows = [
-        "| network | bytes, float32 | packed | ONNX int8 | top-1 (%), trained | folded | packed "
-        "| ONNX | ONNX int8 |",
-        "|---|" + 8 * "---:|",
+        "| network | epochs of images | bytes, ONNX float32 | packed | ONNX int8 "
+        "| top-1 (%), trained | folded | packed | ONNX | ONNX int8 |",
+        "|---|" + 9 * "---:|",
     ]
     for name, form in sorted(forms.items()):
         size, top1 = form["bytes"], form["top1"]
-        ratio = size["float"] / size["packed"]
+        ratio = size["onnx"] / size["packed"]
         accuracies = " | ".join(f"{top1[key]:.2f}" for key in _FORMS)
         rows.append(
-            f"| `{name}` | {size['float']:,} | {size['packed']:,} ({ratio:.1f}x) "
+            f"| `{name}` | {form['epochs']} of {form['train_images']:,} | {size['onnx']:,} | {size['packed']:,} ({ratio:.1f}x) "
             f"| {size['int8']:,} | {accuracies} |"
         )
     rows += ["", "| network | torch (ms) | float twin | ONNX (ms) | float twin | ONNX int8 (ms) "]

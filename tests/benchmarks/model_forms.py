@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
@@ -102,10 +101,8 @@ def measure(run: Path, experiment: Experiment, scratch: Path, display: Display) 
     )
     preprocessing = Preprocessing.of(experiment, manifest)
     trained = trained_network(run, experiment, manifest)
-    file = {name: scratch / f"{name}.safetensors" for name in ("float", "packed")}
-    file |= {name: scratch / f"{name}.onnx" for name in ("onnx", "int8")}
-    tensors = {name: value.contiguous() for name, value in trained.state_dict().items()}
-    save_file(tensors, file["float"])
+    file = {name: scratch / f"{name}.onnx" for name in ("onnx", "int8")}
+    file["packed"] = scratch / "packed.safetensors"
     packed = models.pack(
         trained,
         file["packed"],
