@@ -235,8 +235,8 @@ def forms_table(forms: dict[str, Record]) -> str:
         ratio = size["onnx"] / size["packed"]
         accuracies = " | ".join(f"{top1[key]:.2f}" for key in _FORMS)
         rows.append(
-            f"| `{name}` | {form['epochs']} of {form['train_images']:,} | {size['onnx']:,} | {size['packed']:,} ({ratio:.1f}x) "
-            f"| {size['int8']:,} | {accuracies} |"
+            f"| `{name}` | {form['epochs']} of {form['train_images']:,} | {size['onnx']:,} "
+            f"| {size['packed']:,} ({ratio:.1f}x) | {size['int8']:,} | {accuracies} |"
         )
     rows += ["", "| network | torch (ms) | float twin | ONNX (ms) | float twin | ONNX int8 (ms) "]
     rows[-1] += "| int8 against the twin's ONNX |"
