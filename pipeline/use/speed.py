@@ -133,7 +133,7 @@ class Benchmark:
             return f"Eight bits bring no speed here: ONNX int8 is {ratio:.1f}x the float twin."
         beside = f"; the twin's own int8 {twins[0]:.1f}x" if twins is not None else ""
         against = "the float twin" if twins is not None else "itself"
-        return f"Eight bits do: ONNX int8 is {ratio:.1f}x {against} in ONNX fp32{beside}."
+        return f"Eight bits are faster: ONNX int8 is {ratio:.1f}x {against} in ONNX fp32{beside}."
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

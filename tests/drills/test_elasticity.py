@@ -81,7 +81,7 @@ with ray_cluster({"num_cpus": 1}, {"num_cpus": 1}) as cluster:
             cluster.add_node(num_cpus=1)
 
     launch.train_on_ray(experiment, manifest, folder, tell)
-print(json.dumps(events))
+print(json.dumps([event for event in events if event["kind"] != "evaluation"]))
 """
 
 

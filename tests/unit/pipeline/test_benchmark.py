@@ -91,8 +91,8 @@ def test_equal_times_are_called_no_gain_and_int8_is_compared_with_the_float_twin
     ).conclusion()
     assert text == (
         "Weights by ternary run as fast as the float twin in torch eager, torch compiled and "
-        "ONNX fp32 (no kernel here skips multiplications). Eight bits do: ONNX int8 is 3.0x the "
-        "float twin in ONNX fp32; the twin's own int8 2.5x."
+        "ONNX fp32 (no kernel here skips multiplications). Eight bits are faster: ONNX int8 is "
+        "3.0x the float twin in ONNX fp32; the twin's own int8 2.5x."
     )
 
 
@@ -116,7 +116,7 @@ def test_float_model_has_no_twin() -> None:
     rows = [Row(cell(FLOAT, 6), None), Row(cell(INT8, 2), None)]
     measured = found(*rows, twin_macs=None)
     assert measured.rows[0].faster is None
-    assert measured.conclusion() == "Eight bits do: ONNX int8 is 3.0x itself in ONNX fp32."
+    assert measured.conclusion() == "Eight bits are faster: ONNX int8 is 3.0x itself in ONNX fp32."
 
 
 def test_table_fits_eighty_columns() -> None:
